@@ -1,0 +1,152 @@
+"""NumPy arrays and PyTorch tensors (or anything with DLPack) as kernel arguments, without copies."""
+
+import ctypes
+import math
+import sys
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class ArgumentError(ValueError):
+    """An argument of a kernel with a wrong shape, dtype, device, layout or alignment."""
+
+
+class Expected(NamedTuple):
+    """What a kernel was compiled for: one argument's shape, dtype and alignment in bytes."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    alignment: int
+
+
+def _torch():
+    """PyTorch if the caller has imported it; a tensor can only come from there."""
+    return sys.modules.get("torch")
+
+
+def is_torch(array: Any) -> bool:
+    torch = _torch()
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def device_kind(array: Any) -> str:
+    """``"cpu"`` or ``"cuda"`` (or what the framework calls it)."""
+    if isinstance(array, np.ndarray):
+        return "cpu"
+    if is_torch(array):
+        return array.device.type
+    # DLPack's device types: 1 and 3 (pinned) are host memory, 2 and 13 (managed) are CUDA's.
+    return {1: "cpu", 3: "cpu", 2: "cuda", 13: "cuda"}.get(int(array.__dlpack_device__()[0]), "other")
+
+
+def argument(name: str, array: Any, expected: Expected, device: str) -> Any:
+    """The array as the kernel takes it, sharing its memory.
+
+    Raises ArgumentError naming the argument, what it is, and what is allowed.
+    """
+    if not isinstance(array, np.ndarray) and not hasattr(array, "__dlpack__"):
+        raise ArgumentError(
+            f"{name}: {type(array).__name__} is not an array; allowed are NumPy arrays, "
+            "PyTorch tensors and others with __dlpack__"
+        )
+    if device_kind(array) != device:
+        raise ArgumentError(
+            f"{name}: is on {device_kind(array)!r}; this kernel runs on {device!r}"
+        )
+    if isinstance(array, np.ndarray):
+        view, strides, pointer = _from_numpy(name, array, expected)
+    elif is_torch(array):
+        view, strides, pointer = _from_torch(name, array, expected)
+    else:
+        view, strides, pointer = _from_dlpack(name, array, expected)
+    if not _contiguous(expected.shape, strides):
+        raise ArgumentError(
+            f"{name}: strides {tuple(strides)} are not those of a contiguous array of shape "
+            f"{expected.shape}; pass a contiguous copy, or compile for the layout it has "
+            "(layout='NHWC' for channels-last memory)"
+        )
+    if pointer % expected.alignment:
+        raise ArgumentError(
+            f"{name}: data at {pointer:#x} is not aligned to {expected.alignment} bytes; pass a copy"
+        )
+    return view
+
+
+def _check(name: str, shape, dtype: str, expected: Expected) -> None:
+    if tuple(shape) != expected.shape:
+        raise ArgumentError(f"{name}: shape {tuple(shape)}; this kernel takes {expected.shape}")
+    if dtype != expected.dtype:
+        raise ArgumentError(f"{name}: dtype {dtype}; this kernel takes {expected.dtype}")
+
+
+def _from_numpy(name: str, array: np.ndarray, expected: Expected):
+    import tvm_ffi
+
+    _check(name, array.shape, array.dtype.name, expected)
+    if not array.dtype.isnative:
+        raise ArgumentError(f"{name}: byte order {array.dtype.byteorder!r}; native is allowed")
+    strides = [s // array.itemsize for s in array.strides]
+    pointer = array.ctypes.data
+    if not array.flags.writeable and name != "out":
+        # DLPack cannot say "read-only"; a kernel does not write its inputs.
+        memory = (ctypes.c_char * array.nbytes).from_address(pointer)
+        memory.owner = array
+        array = np.lib.stride_tricks.as_strided(
+            np.frombuffer(memory, array.dtype), array.shape, array.strides
+        )
+    if not array.flags.writeable:
+        raise ArgumentError(f"{name}: the array is read-only")
+    return tvm_ffi.from_dlpack(array), strides, pointer
+
+
+def _from_torch(name: str, tensor, expected: Expected):
+    _check(name, tensor.shape, str(tensor.dtype).removeprefix("torch."), expected)
+    if tensor.requires_grad:
+        if _torch().is_grad_enabled():
+            raise ArgumentError(
+                f"{name}: requires grad, and this kernel has no backward; "
+                "call it under torch.no_grad() or pass a detached tensor"
+            )
+        tensor = tensor.detach()
+    return tensor, tensor.stride(), tensor.data_ptr()
+
+
+def _from_dlpack(name: str, array: Any, expected: Expected):
+    import tvm_ffi
+
+    view = tvm_ffi.from_dlpack(array)
+    _check(name, view.shape, str(view.dtype), expected)
+    return view, view.strides, view.data_ptr()
+
+
+def _contiguous(shape, strides) -> bool:
+    step = 1
+    for extent, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if extent != 1 and stride != step:
+            return False
+        step *= extent
+    return True
+
+
+def empty_like(reference: Any, expected: Expected) -> Any:
+    """An uninitialised array of the reference's framework and device, from its own allocator."""
+    if is_torch(reference):
+        torch = _torch()
+        return torch.empty(
+            expected.shape, dtype=getattr(torch, expected.dtype), device=reference.device
+        )
+    if isinstance(reference, np.ndarray):
+        return aligned_empty(expected)
+    raise ArgumentError(
+        f"out: needed for arrays of {type(reference).__name__}; allocated only for NumPy and PyTorch"
+    )
+
+
+def aligned_empty(expected: Expected) -> np.ndarray:
+    """An uninitialised NumPy array that starts on a multiple of `expected.alignment` bytes."""
+    dtype = np.dtype(expected.dtype)
+    count = math.prod(expected.shape)
+    memory = np.empty(count * dtype.itemsize + expected.alignment, np.uint8)
+    offset = -memory.ctypes.data % expected.alignment
+    return memory[offset : offset + count * dtype.itemsize].view(dtype).reshape(expected.shape)

@@ -1,0 +1,108 @@
+"""compile(problem) -> Kernel: choose a schedule, build its module, link one shared library."""
+
+import dataclasses
+import platform
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from . import __version__, artifact, toolchain
+from .epilogue import NONE, Epilogue
+from .kernel import Kernel
+from .lower import calls, cuda_source, function_parameters, lower, write_objects
+from .problem import ConvProblem
+from .schedules.base import PREPARE
+from .select import Choice, select
+from .target import CpuTarget, Target, resolve
+
+_NATIVE = Path(__file__).parent / "native"
+
+
+def compile(
+    problem: ConvProblem,
+    target: str | Target | None = None,
+    *,
+    arch: str | None = None,
+    schedule: str | None = None,
+    config: Any = None,
+    bias: bool = False,
+    residual: bool = False,
+    activation: str | None = None,
+) -> Kernel:
+    """Build a kernel for one problem.
+
+    target, arch: see `im2win_tvm.target.resolve`; CUDA kernels are built without a GPU when
+    `arch` is given. schedule, config: by name and as a Config or dict, chosen by `select` if None.
+    bias, residual, activation: what the kernel adds and applies before it stores (see Epilogue).
+
+    Raises TargetError, ScheduleError or ToolchainError, each saying what is allowed or missing.
+    """
+    target = resolve(target, arch=arch)
+    choice = select(problem, target, schedule, config)
+    return build(problem, target, choice, Epilogue(bias, residual, activation))
+
+
+def build(
+    problem: ConvProblem, target: Target, choice: Choice, epilogue: Epilogue = NONE
+) -> Kernel:
+    """The kernel of an explicit choice."""
+    module = lower(choice.schedule.build(problem, choice.config, target, epilogue))
+    folder = tempfile.TemporaryDirectory(prefix="im2win-")
+    library = Path(folder.name) / "kernel.so"
+    metadata = describe(problem, target, choice, epilogue, module)
+    sealed = Path(folder.name) / "metadata.c"
+    sealed.write_text(artifact.metadata_source(metadata))
+    sources = [sealed, _NATIVE / "metadata.c"]
+    if isinstance(target, CpuTarget):
+        write_objects(
+            module,
+            target,
+            lambda objects: toolchain.link_cpu_library(
+                library, objects, [*sources, _NATIVE / "host.c"]
+            ),
+        )
+    else:
+        unit = Path(folder.name) / "kernel.cu"
+        unit.write_text(cuda_source(module, target))
+        toolchain.build_cuda_library(library, unit, target.arch, sources)
+    artifact.seal(library)
+    return Kernel(library, metadata, owner=folder)
+
+
+def describe(
+    problem: ConvProblem, target: Target, choice: Choice, epilogue: Epilogue, module
+) -> dict:
+    """The metadata that travels inside the library."""
+    parameters = function_parameters(module)
+    named = {p.name: p for params in parameters.values() for p in params}
+    schedule = choice.schedule
+    return {
+        "format": artifact.FORMAT,
+        "problem": dataclasses.asdict(problem),
+        "descriptor": str(problem),
+        "epilogue": dataclasses.asdict(epilogue),
+        "accuracy": {"float32": "fp32", "float16": "fp16"}[problem.dtype],
+        "schedule": {"name": schedule.name, "config": dataclasses.asdict(choice.config)},
+        "packing": schedule.packing(choice.config),
+        "target": dataclasses.asdict(target)
+        | {"kind": target.kind, "machine": platform.machine()},
+        "prepare": PREPARE,
+        "calls": calls(module),
+        "arguments": {
+            name: {"shape": list(p.shape), "dtype": p.dtype, "alignment": p.alignment}
+            for name, p in named.items()
+        },
+        "workspaces": [name for name, p in named.items() if p.workspace],
+        "scratch_bytes_per_thread": schedule.scratch_bytes(problem, choice.config, target),
+        "versions": {"im2win_tvm": __version__}
+        | {name: _version(name) for name in ("apache-tvm", "apache-tvm-ffi")}
+        | ({} if isinstance(target, CpuTarget) else {"nvcc": toolchain.nvcc_version()}),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,66 @@
+"""Run a CUDA schedule's TensorIR on the CPU: every thread a turn of a serial loop.
+
+This checks what a schedule computes (index arithmetic, tails, staging) on a machine without a
+GPU. It does not exercise what the GPU adds: barriers, and the software pipeline, whose annotations
+are dropped.
+"""
+
+from typing import Any
+
+import numpy as np
+import tvm
+import tvm_ffi
+from tvm import tirx
+
+from .epilogue import NONE, Epilogue
+from .lower import calls, function_parameters, lower
+from .problem import ConvProblem
+from .schedules import Schedule
+from .schedules.base import PREPARE
+from .target import CudaTarget
+
+_PIPELINE = ("software_pipeline", "double_buffer_scope", "tirx.manifest_shared")
+
+
+def serial(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """The function with thread bindings made serial loops and pipeline annotations dropped."""
+
+    def loop(op):
+        kept = {k: v for k, v in op.annotations.items() if not k.startswith(_PIPELINE)}
+        if op.kind == tirx.ForKind.THREAD_BINDING:
+            kind = tirx.ForKind.SERIAL
+        else:
+            kind = op.kind
+        return tirx.For(op.loop_var, op.min, op.extent, kind, op.body, None, kept, op.step)
+
+    return function.with_body(
+        tvm_ffi.structural_map(function.body, (tirx.For, loop), order="post")
+    )
+
+
+def run(
+    schedule: Schedule,
+    problem: ConvProblem,
+    config: Any,
+    target: CudaTarget,
+    arrays: dict[str, np.ndarray],
+    epilogue: Epilogue = NONE,
+) -> np.ndarray:
+    """The schedule's output for `arrays` (x, w, and bias and residual where the epilogue has them).
+
+    Every other array, the output included, starts as NaN.
+    """
+    module = lower(schedule.build(problem, config, target, epilogue))
+    parameters = function_parameters(module)
+    host = tvm.IRModule({v.name_hint: serial(f) for v, f in module.functions_items()})
+    library = tvm.compile(host, target="llvm").jit()
+    values = {name: tvm.runtime.tensor(array) for name, array in arrays.items()}
+    for call in [
+        {"function": PREPARE, "arguments": [p.name for p in parameters[PREPARE]]},
+        *calls(module),
+    ]:
+        for p in parameters[call["function"]]:
+            if p.name not in values:
+                values[p.name] = tvm.runtime.tensor(np.full(p.shape, np.nan, p.dtype))
+        library[call["function"]](*(values[name] for name in call["arguments"]))
+    return values["y"].numpy()

@@ -1,0 +1,29 @@
+"""The im2win convolution as TVM tensor expressions; nothing here knows about hardware.
+
+    x --transform--> I' --\
+                           convolution --> epilogue --> y
+    w --filter-----> F' --/
+
+Formulas: "Im2win: An Efficient Convolution Paradigm on GPU" (arXiv 2306.14316), section 3.
+"""
+
+from .convolution import convolution, convolution_blocked, convolution_gemm, gemm_sizes, window
+from .epilogue import output
+from .filter import filter_window, pack_filter
+from .graph import arguments, graph
+from .transform import transform, window_columns
+
+__all__ = [
+    "arguments",
+    "convolution",
+    "convolution_blocked",
+    "convolution_gemm",
+    "filter_window",
+    "gemm_sizes",
+    "graph",
+    "output",
+    "pack_filter",
+    "transform",
+    "window",
+    "window_columns",
+]

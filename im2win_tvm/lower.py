@@ -1,0 +1,133 @@
+"""From a schedule's module to object files or CUDA source, through TVM."""
+
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import tvm
+import tvm_ffi
+from tvm import tirx
+
+from .schedules.base import ARGUMENTS, CONV, PREPARE, TRANSFORM
+from .target import CpuTarget, CudaTarget
+
+# TVM's own buffers, and ours: prepared weights and workspaces start on a cache line.
+ALIGNMENT = 64
+_OURS = ("packed",)
+
+
+class Parameter(NamedTuple):
+    """One parameter of a function of a kernel."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    alignment: int
+    workspace: bool
+
+
+def lower(module: tvm.IRModule) -> tvm.IRModule:
+    """Give every function its symbol, and every array of the caller its natural alignment.
+
+    TVM assumes 64 bytes for parameters and emits aligned vector loads, which fault on a NumPy
+    array or a view. Arrays that we allocate keep them.
+    """
+    functions = {}
+    for variable, function in module.functions_items():
+        name = variable.name_hint
+        functions[name] = _with_natural_alignment(function).with_attr("global_symbol", name)
+    return tvm.IRModule(functions)
+
+
+def _with_natural_alignment(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    replaced = {
+        p: tirx.decl_buffer(p.shape, p.dtype, p.name, data_alignment=_itemsize(p))
+        for p in function.params
+        if p.name in ARGUMENTS and p.name not in _OURS
+    }
+    body = tvm_ffi.structural_map(function.body, (tvm.ir.Var, lambda v: replaced.get(v, v)))
+    params = [replaced.get(p, p) for p in function.params]
+    return tirx.PrimFunc(params, body, function.ret_type, function.attrs)
+
+
+def _itemsize(parameter) -> int:
+    return np.dtype(str(parameter.dtype)).itemsize
+
+
+def function_parameters(module: tvm.IRModule) -> dict[str, list[Parameter]]:
+    """The parameters of each function of a lowered module, by the function's name."""
+    return {
+        variable.name_hint: [
+            Parameter(
+                p.name,
+                tuple(int(extent) for extent in p.shape),
+                str(p.dtype),
+                int(p.data_alignment),
+                p.name not in ARGUMENTS,
+            )
+            for p in function.params
+        ]
+        for variable, function in module.functions_items()
+    }
+
+
+def calls(module: tvm.IRModule) -> list[dict]:
+    """What one call of the kernel runs, in order, with the names of the arguments."""
+    parameters = function_parameters(module)
+    return [
+        {"function": name, "arguments": [p.name for p in parameters[name]]}
+        for name in (TRANSFORM, CONV)
+        if name in parameters
+    ]
+
+
+def write_objects(
+    module: tvm.IRModule, target: CpuTarget, link: Callable[[list[str]], None]
+) -> None:
+    """Compile for the CPU and hand the object files to `link`."""
+
+    def collect(_output, objects, **_options):
+        link(objects)
+
+    collect.object_format = "o"
+    executable = tvm.compile(module, target=target.tvm())
+    executable.export_library("kernel.so", fcompile=collect)
+
+
+@contextmanager
+def _source_only():
+    """Keep CUDA source as it is during `tvm.compile`, on machines with a GPU as without."""
+    name = "TVM_COMPILE_FORCE_FALLBACK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def cuda_source(module: tvm.IRModule, target: CudaTarget) -> str:
+    """One CUDA translation unit: the kernels, and the host functions that launch them."""
+    from tvm.backend.cuda import export_cuda_host
+
+    tvm_target = target.tvm()
+    with _source_only(), tvm_target:
+        executable = tvm.compile(module, target=tvm_target)
+    return export_cuda_host(executable.mod)
+
+
+__all__ = [
+    "ALIGNMENT",
+    "PREPARE",
+    "Parameter",
+    "calls",
+    "cuda_source",
+    "function_parameters",
+    "lower",
+    "write_objects",
+]

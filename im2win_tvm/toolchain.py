@@ -1,0 +1,176 @@
+"""The compilers that turn generated code into a shared library: a C compiler, and nvcc."""
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+
+class ToolchainError(RuntimeError):
+    """A compiler that is missing or that failed; the text says what to install or what it said."""
+
+
+class Nvcc(NamedTuple):
+    """nvcc, and where its libraries are."""
+
+    path: Path
+    library: Path
+
+    @property
+    def bin(self) -> Path:
+        return self.path.parent
+
+
+def find_cc() -> str:
+    """The C compiler: ``$CC``, or the first of cc, gcc and clang on the PATH."""
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        found = name and shutil.which(name)
+        if found:
+            return found
+    raise ToolchainError(
+        "no C compiler found: kernels are linked with one; install it (Debian: apt-get install gcc "
+        "libc6-dev) or set CC"
+    )
+
+
+@functools.cache
+def find_nvcc() -> Nvcc:
+    """nvcc from ``$CUDA_HOME`` or ``$CUDA_PATH``, the PATH, /usr/local/cuda, or PyPI's wheels."""
+    roots = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    on_path = shutil.which("nvcc")
+    roots += [str(Path(on_path).resolve().parent.parent)] if on_path else []
+    roots += ["/usr/local/cuda"]
+    nvidia = importlib.util.find_spec("nvidia")
+    for folder in (nvidia.submodule_search_locations or []) if nvidia else []:
+        roots += [str(root) for root in sorted(Path(folder).glob("cu[0-9]*"), reverse=True)]
+    for root in filter(None, roots):
+        nvcc = Path(root) / "bin" / "nvcc"
+        if not os.access(nvcc, os.X_OK):
+            continue
+        for library in (Path(root) / "lib64", Path(root) / "lib"):
+            if (library / "libcudart_static.a").exists():
+                return Nvcc(nvcc, library)
+        # Debian's wrapper scripts: nvcc knows its own libraries.
+        return Nvcc(nvcc, Path(root) / "lib64")
+    raise ToolchainError(
+        "no nvcc found: CUDA kernels are compiled with it; pip install 'im2win_tvm[cuda]', or "
+        "install the CUDA toolkit and set CUDA_HOME or put nvcc on the PATH"
+    )
+
+
+@functools.cache
+def nvcc_version() -> str:
+    """The release of nvcc, ``"13.0"`` for instance."""
+    text = run([str(find_nvcc().path), "--version"])
+    return re.search(r"release (\d+\.\d+)", text)[1]
+
+
+def run(command: list[str]) -> str:
+    """Run a compiler and return what it printed.
+
+    Raises ToolchainError with the end of its output if it fails.
+    """
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+    except OSError as error:
+        raise ToolchainError(f"{command[0]}: {error}") from error
+    if done.returncode != 0:
+        raise ToolchainError(f"{' '.join(command)}\nfailed:\n{done.stdout[-4000:]}")
+    return done.stdout
+
+
+def include_flags() -> list[str]:
+    """Where tvm_ffi's C headers are."""
+    from tvm_ffi import libinfo
+
+    return ["-I", libinfo.find_include_path(), "-I", libinfo.find_dlpack_include_path()]
+
+
+def link_cpu_library(output: Path, objects: list[str], sources: list[Path]) -> None:
+    """Link LLVM's object files with our C sources into a shared library.
+
+    The pointers that generated code calls its host through become private to the library: the
+    ones set by host.c stay, whatever runtime is loaded in the same process.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".map") as script:
+        script.write("{ global: *; local: __TVMBackend*; };\n")
+        script.flush()
+        run([
+            find_cc(), "-shared", "-fPIC", "-O2", "-fopenmp", *include_flags(),
+            "-o", str(output), *objects, *map(str, sources),
+            f"-Wl,--version-script={script.name}",
+        ])  # fmt: skip
+
+
+def gencode(arch: str) -> list[str]:
+    """nvcc's flags for code of exactly this architecture."""
+    digits = arch.removeprefix("sm_")
+    return ["-gencode", f"arch=compute_{digits},code=sm_{digits}"]
+
+
+def build_cuda_library(output: Path, source: Path, arch: str, extra: list[Path]) -> str:
+    """Compile one CUDA translation unit, kernels and host code, into a shared library.
+
+    Returns what ptxas reports of registers, shared memory and spills. No --use_fast_math: the
+    fp32 class promises what plain fp32 arithmetic gives.
+    """
+    from tvm_ffi import libinfo
+
+    nvcc = find_nvcc()
+    return run([
+        str(nvcc.path), "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", *gencode(arch),
+        "-Xptxas", "-v", "-diag-suppress", "174,177", *include_flags(),
+        "-o", str(output), str(source), *map(str, extra),
+        "-L", str(nvcc.library),
+        "-L", str(Path(libinfo.find_libtvm_ffi()).parent), "-ltvm_ffi",
+    ])  # fmt: skip
+
+
+def compile_ptx(source: str, arch: str) -> str:
+    """The PTX of a CUDA source."""
+    with tempfile.TemporaryDirectory(prefix="im2win-") as folder:
+        unit, ptx = Path(folder) / "kernel.cu", Path(folder) / "kernel.ptx"
+        unit.write_text(source)
+        digits = arch.removeprefix("sm_")
+        run([
+            str(find_nvcc().path), "-O3", "-std=c++17", "-ptx", f"-arch=compute_{digits}",
+            "-diag-suppress", "174,177", *include_flags(), "-o", str(ptx), str(unit),
+        ])  # fmt: skip
+        return ptx.read_text()
+
+
+class Resources(NamedTuple):
+    """What one kernel takes of a multiprocessor, from ptxas."""
+
+    kernel: str
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+
+
+def parse_resources(report: str) -> list[Resources]:
+    """The kernels in a report of ``ptxas -v``."""
+    found = []
+    for part in re.split(r"Compiling entry function '", report)[1:]:
+        shared = re.search(r"(\d+) bytes smem", part)
+        spills = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
+        )
+        found.append(
+            Resources(
+                part.split("'", 1)[0],
+                int(re.search(r"Used (\d+) registers", part)[1]),
+                int(shared[1]) if shared else 0,
+                *(int(value) for value in spills.groups()),
+            )
+        )
+    return found

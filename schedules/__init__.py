@@ -1,0 +1,12 @@
+"""The hand-written schedules, one a file, in the order in which `select` asks them."""
+
+from .base import Schedule, ScheduleError
+from .cpu_blocked import SCHEDULE as CPU_BLOCKED
+from .cuda_simt import IMPLICIT as CUDA_SIMT
+from .cuda_simt import EXPLICIT as CUDA_SIMT_EXPLICIT
+
+SCHEDULES: dict[str, Schedule] = {
+    schedule.name: schedule for schedule in (CPU_BLOCKED, CUDA_SIMT, CUDA_SIMT_EXPLICIT)
+}
+
+__all__ = ["SCHEDULES", "Schedule", "ScheduleError"]

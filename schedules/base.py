@@ -1,0 +1,86 @@
+"""The contract of a schedule: one object a file, with its own frozen configuration."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+from ..epilogue import NONE, Epilogue
+from ..problem import ConvProblem
+from ..target import Target
+
+# Names of the functions in a schedule's module, in the order a call runs them. `prepare` depends
+# on the weights alone and runs once; the others run at every call.
+PREPARE, TRANSFORM, CONV = "im2win_prepare", "im2win_transform", "im2win_conv"
+# Names of their parameters. Any other name is a workspace that the caller allocates.
+ARGUMENTS = ("x", "w", "packed", "bias", "residual", "y")
+
+
+class ScheduleError(ValueError):
+    """A problem or configuration that a schedule does not take; the text says why."""
+
+
+class Schedule(ABC):
+    """How one way of computing the convolution is laid on one kind of hardware.
+
+    A schedule never rejects by failing: `supports` and `check` answer with a reason.
+    """
+
+    name: str
+    kind: str  # of the target: "llvm" or "cuda"
+
+    @abstractmethod
+    def check(self, config: Any, problem: ConvProblem, target: Target) -> str | None:
+        """None if the configuration is valid here, otherwise what is wrong with which field."""
+
+    @abstractmethod
+    def configs(self, problem: ConvProblem, target: Target) -> Iterable[Any]:
+        """Every configuration worth trying; all of them pass `check`."""
+
+    @abstractmethod
+    def default(self, problem: ConvProblem, target: Target) -> Any:
+        """The heuristic's configuration."""
+
+    @abstractmethod
+    def schedule(self, problem: ConvProblem, config: Any, target: Target, epilogue: Epilogue):
+        """The `tvm.IRModule`; called by `build` with what has passed `supports` and `check`."""
+
+    def packing(self, config: Any) -> list[int]:
+        """What of the configuration decides the order of the packed weights."""
+        return [config.block]
+
+    def scratch_bytes(self, problem: ConvProblem, config: Any, target: Target) -> int:
+        """Memory that each CPU thread takes for itself during a call."""
+        return 0
+
+    def supports(self, problem: ConvProblem, target: Target) -> str | None:
+        """None if this schedule takes the problem on the target, otherwise the reason."""
+        if target.kind != self.kind:
+            return f"target={target.kind}: {self.name} is for {self.kind}"
+        if problem.spatial_rank != 2:
+            return f"input_size={problem.input_size}: {self.name} takes two spatial axes"
+        # TVM's index arithmetic in these kernels is 32 bits wide.
+        for field in ("input_shape", "weight_shape", "output_shape"):
+            elements = 1
+            for extent in getattr(problem, field):
+                elements *= extent
+            if elements >= 2**31:
+                return f"{field}={getattr(problem, field)}: {self.name} takes below 2**31 elements"
+        return None
+
+    def build(
+        self,
+        problem: ConvProblem,
+        config: Any,
+        target: Target,
+        epilogue: Epilogue = NONE,
+    ):
+        """The scheduled `tvm.IRModule`: PREPARE and CONV, and TRANSFORM where I' is explicit.
+
+        Raises ScheduleError with the reason of `supports` or `check`.
+        """
+        reason = self.supports(problem, target) or self.check(config, problem, target)
+        if reason is not None:
+            raise ScheduleError(reason)
+        return self.schedule(problem, config, target, epilogue)
+
+

@@ -1,0 +1,332 @@
+"""CUDA cores: the paper's kernel, a tiled product of filters and windows with K in window order.
+
+One block computes `block_m` channels by `block_p` output pixels, one thread `thread_m` by
+`thread_p` of them. Two forms of the same kernel:
+
+* IMPLICIT: the im2win transform happens on the way from the input to shared memory; I' is never in
+  global memory, and the kernel needs no workspace.
+* EXPLICIT, the paper's own: a first kernel writes I' to global memory, the second reads it.
+
+What the hardware asks for (sm_70 and later):
+* Arithmetic: an FMA takes two operands from registers, and shared memory delivers 32 words a cycle
+  for 128 FMAs. With 8 x 8 outputs a thread, 16 words serve 64 FMAs; with 1 x 1, 2 words serve one.
+* Shared memory: a vector of four words (LDS.128) a thread, neighbouring threads on neighbouring
+  vectors, is free of bank conflicts. A thread's outputs are therefore groups of four, `block/2`
+  apart, and not eight in a row.
+* Latency: a load from global memory takes some 500 cycles. With two stages of shared memory the
+  next tile is on its way while the current one is multiplied, with one barrier a tile.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+from tvm import s_tir, te
+from tvm.ir import IRModule
+
+from ..expr import (
+    arguments,
+    convolution_gemm,
+    gemm_sizes,
+    output,
+    pack_filter,
+    transform,
+    window,
+    window_columns,
+)
+from ..problem import ConvProblem
+from ..target import CudaTarget
+from .base import CONV, PREPARE, TRANSFORM, Schedule
+
+# Threads of the kernels that only move data: enough to hide latency, small enough for any tail.
+COPY_THREADS = 256
+# CUDA C++ Programming Guide, compute capabilities: largest grid extent of y and z.
+MAX_GRID_YZ = 65535
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes, and the paper's optimisations, each a field of its own.
+
+    block_m, block_p, block_k: output channels, output pixels and window elements of a block's
+    tile. thread_m, thread_p: outputs of a thread (1 x 1: no micro-kernel). shared: stage tiles in
+    shared memory (otherwise threads read global memory). double_buffer: two stages of it, one
+    filled while the other is multiplied. prefetch: a tile goes through registers, loaded before
+    the current one is multiplied and stored to shared memory after. vector: words in one load.
+    """
+
+    block_m: int
+    block_p: int
+    block_k: int
+    thread_m: int
+    thread_p: int
+    shared: bool = True
+    double_buffer: bool = True
+    prefetch: bool = True
+    vector: int = 4
+
+    @property
+    def block(self) -> int:
+        """Output channels side by side in the packed filter."""
+        return self.block_m
+
+    @property
+    def threads(self) -> int:
+        return (self.block_m // self.thread_m) * (self.block_p // self.thread_p)
+
+
+class CudaSimt(Schedule):
+    kind = "cuda"
+
+    def __init__(self, name: str, explicit: bool):
+        self.name = name
+        self.explicit = explicit
+
+    def check(self, config: Config, problem: ConvProblem, target: CudaTarget) -> str | None:
+        c = config
+        for field in ("block_m", "block_p", "block_k", "thread_m", "thread_p"):
+            value = getattr(c, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                return f"{field}={value!r}: allowed are whole numbers from 1"
+        for field in ("shared", "double_buffer", "prefetch"):
+            if not isinstance(getattr(c, field), bool):
+                return f"{field}={getattr(c, field)!r}: allowed are True and False"
+        if c.vector not in (1, 2, 4):
+            return f"vector={c.vector!r}: allowed are 1, 2 and 4"
+        for block, thread in (("block_m", "thread_m"), ("block_p", "thread_p")):
+            if getattr(c, block) % getattr(c, thread):
+                return f"{thread}={getattr(c, thread)}: a divisor of {block}={getattr(c, block)}"
+            width = getattr(c, thread)
+            if width > c.vector and width % c.vector:
+                return f"{thread}={width}: a divisor or a multiple of vector={c.vector}"
+        if not 32 <= c.threads <= 1024:
+            return (
+                f"block_m={c.block_m}, block_p={c.block_p}, thread_m={c.thread_m}, "
+                f"thread_p={c.thread_p}: {c.threads} threads; allowed are 32 to 1024"
+            )
+        if c.thread_m * c.thread_p > 128:
+            return f"thread_m={c.thread_m}, thread_p={c.thread_p}: more than 128 accumulators"
+        if (c.double_buffer or c.prefetch) and not c.shared:
+            return "shared=False: double_buffer and prefetch need shared=True"
+        if c.shared:
+            stages = 2 if c.double_buffer else 1
+            taken = stages * c.block_k * (c.block_m + c.block_p + PADDING) * problem.itemsize
+            if taken > target.shared_bytes:
+                return f"block_k={c.block_k}: {taken} bytes of shared memory, {target.shared_bytes} allowed"
+        sizes = gemm_sizes(problem)
+        if sizes.groups > MAX_GRID_YZ or -(-sizes.m // c.block_m) > MAX_GRID_YZ:
+            return f"block_m={c.block_m}: more than {MAX_GRID_YZ} blocks along y or z"
+        if max(sizes.k + c.block_k, 1) * (sizes.p + c.block_p) >= 2**63:
+            return f"block_p={c.block_p}: the product of K and P does not fit 64 bits"
+        return None
+
+    def configs(self, problem: ConvProblem, target: CudaTarget):
+        for m, p, k, tm, tp, double, prefetch in itertools.product(
+            (8, 16, 32, 64, 128), (32, 64, 128, 256), (4, 8, 16, 32), (1, 2, 4, 8), (2, 4, 8),
+            (True, False), (True, False),
+        ):  # fmt: skip
+            config = Config(m, p, k, tm, tp, double_buffer=double, prefetch=prefetch)
+            if self.check(config, problem, target) is None:
+                yield config
+
+    def default(self, problem: ConvProblem, target: CudaTarget) -> Config:
+        sizes = gemm_sizes(problem)
+        # The tile is as tall as the channels are many, so that few groups' channels (depthwise:
+        # one) do not leave most of a tile empty; the pixels take the threads that are left.
+        block_m = min(128, max(1, 1 << (sizes.m - 1).bit_length()))
+        if block_m > 64 and sizes.m % 128 in range(1, 65):
+            block_m = 64  # 96 channels fill 64 + 32 of two tiles better than 96 of 128
+        thread_m = min(8, block_m)
+        thread_p = 8 if block_m >= 16 else 4
+        block_p = 128
+        while (block_m // thread_m) * (block_p // thread_p) < 64:
+            block_p *= 2
+        # A block a multiprocessor at least (H100: 132), before blocks grow.
+        while (
+            block_p > 64
+            and -(-sizes.m // block_m) * sizes.groups * -(-sizes.p // block_p) < 132
+            and (block_m // thread_m) * (block_p // thread_p) >= 128
+        ):
+            block_p //= 2
+        block_k = 8 if sizes.k > 4 else 4
+        return Config(block_m, block_p, block_k, thread_m, thread_p)
+
+    def supports(self, problem, target):
+        reason = super().supports(problem, target)
+        if reason is None and gemm_sizes(problem).groups > MAX_GRID_YZ:
+            reason = f"groups={problem.groups}: {self.name} takes up to {MAX_GRID_YZ}"
+        if reason is None and self.explicit and _im2win_elements(problem) >= 2**31:
+            reason = f"input_shape={problem.input_shape}: I' has 2**31 elements or more"
+        return reason
+
+    def schedule(self, problem, config, target, epilogue):
+        module = {PREPARE: prepare(problem, config)}
+        if self.explicit:
+            module[TRANSFORM] = transform_kernel(problem)
+        module[CONV] = convolve(problem, config, epilogue, self.explicit)
+        return IRModule(module)
+
+
+# Words between rows of the window tile: with channels innermost, neighbouring threads write down a
+# column of it, and rows of a multiple of 32 words would put them all in one bank.
+PADDING = 4
+
+
+def _im2win_elements(problem: ConvProblem) -> int:
+    columns = window_columns(problem) * problem.kernel_size[0]
+    return problem.batch * problem.in_channels * problem.output_size[0] * columns
+
+
+def prepare(problem: ConvProblem, config: Config):
+    """The filter in window order, `block_m` channels side by side. Runs once."""
+    w = te.placeholder(problem.weight_shape, problem.dtype, name="w")
+    packed = pack_filter(w, problem, config.block_m, config.block_k)
+    return _elementwise([w, packed], "packed")
+
+
+def transform_kernel(problem: ConvProblem):
+    """x -> I' in global memory, one element a thread."""
+    x = arguments(problem).x
+    return _elementwise([x, transform(x, problem)], "im2win")
+
+
+def _elementwise(tensors, block: str):
+    sch = s_tir.Schedule(te.create_prim_func(tensors))
+    loop = sch.fuse(*sch.get_loops(sch.get_sblock(block)))
+    blocks, threads = sch.split(loop, [None, COPY_THREADS])
+    sch.bind(blocks, "blockIdx.x")
+    sch.bind(threads, "threadIdx.x")
+    return sch.mod["main"]
+
+
+def convolve(problem: ConvProblem, config: Config, epilogue, explicit: bool):
+    """x (or I'), packed filter (and bias, residual) -> y."""
+    c = config
+    sizes = gemm_sizes(problem)
+    # M, P and K are rounded up to whole tiles: windows are zero there, and only y is checked.
+    k_padded = -(-sizes.k // c.block_k) * c.block_k
+    p_padded = -(-sizes.p // c.block_p) * c.block_p
+    blocks_m = -(-sizes.m // c.block_m)
+    pixels = problem.output_size[0] * problem.output_size[1]
+
+    args = arguments(problem, epilogue)
+    packed = te.placeholder(
+        (problem.groups, blocks_m, k_padded, c.block_m), problem.dtype, name="packed"
+    )
+    iw = transform(args.x, problem)
+    if explicit:
+        iw = te.placeholder(iw.shape, problem.dtype, name="im2win")
+    windows = window(iw, problem, k_padded, p_padded)
+    acc = convolution_gemm(windows, packed)
+
+    def accumulator(n, o, m, q):
+        p = n * pixels + m * problem.output_size[1] + q
+        return acc[o // sizes.m, o % sizes.m, p]
+
+    y = output(accumulator, problem, epilogue, args.bias, args.residual)
+    source = iw if explicit else args.x
+    sch = s_tir.Schedule(te.create_prim_func([source, packed, *args.extras(), y]))
+    y, conv, windows = (sch.get_sblock(name) for name in ("y", "conv", "window"))
+    if not explicit:
+        sch.compute_inline(sch.get_sblock("im2win"))
+
+    # 1. Block tile: the output as (group, channels, pixels), cut into blocks.
+    height, width = problem.output_size
+
+    def product_axes(n, a, b, c):
+        m, q, o = (a, b, c) if problem.channels_last else (b, c, a)
+        return o // sizes.m, o % sizes.m, (n * height + m) * width + q
+
+    sch.transform_block_layout(y, product_axes)
+    g, m, p = sch.get_loops(y)
+
+    # 2. Micro-kernel: a thread's outputs are `vector`-wide groups, spread over the block so that
+    #    neighbouring threads read neighbouring vectors of shared memory.
+    wide_m, wide_p = min(c.vector, c.thread_m), min(c.vector, c.thread_p)
+    mb, mv, mt, mi = sch.split(
+        m, [blocks_m, c.thread_m // wide_m, c.block_m // c.thread_m, wide_m]
+    )
+    pb, pv, pt, pi = sch.split(
+        p, [p_padded // c.block_p, c.thread_p // wide_p, c.block_p // c.thread_p, wide_p]
+    )
+    sch.reorder(g, mb, pb, mv, pv, mt, pt, mi, pi)
+    thread = sch.fuse(mt, pt)
+    for loop, axis in (
+        (g, "blockIdx.z"), (mb, "blockIdx.y"), (pb, "blockIdx.x"),
+        (mv, "vthread.y"), (pv, "vthread.x"), (thread, "threadIdx.x"),
+    ):  # fmt: skip
+        sch.bind(loop, axis)
+
+    # 3. Accumulators in registers; K in tiles, and steps of one K inside a tile.
+    sch.compute_at(conv, thread, preserve_unit_loops=True)
+    sch.set_scope(conv, 0, "local")
+    *_, gi, mi, pi, k = sch.get_loops(conv)
+    kt, ki = sch.split(k, [k_padded // c.block_k, c.block_k])
+    sch.reorder(kt, ki, gi, mi, pi)
+
+    # 4. Shared memory: tiles of filter and windows, loaded by all threads together. The window
+    #    tile is where the im2win transform happens.
+    if c.shared:
+        a = sch.cache_read(conv, 1, "shared")
+        sch.compute_at(a, kt, preserve_unit_loops=True)
+        sch.set_scope(windows, 0, "shared")
+        sch.compute_at(windows, kt, preserve_unit_loops=True)
+        _load_filter_tile(sch, a, c)
+        _load_window_tile(sch, windows, c, problem)
+    else:
+        sch.compute_inline(windows)
+
+    # 5. Fragments: a thread's channels and pixels of one K step, in vector loads.
+    if c.shared:
+        for operand in (1, 0):
+            fragment = sch.cache_read(conv, operand, "local")
+            sch.compute_at(fragment, ki, preserve_unit_loops=True)
+            sch.vectorize(sch.get_loops(fragment)[-1])
+    for loop in (ki, mi, pi):
+        sch.unroll(loop)
+    init = sch.decompose_reduction(conv, kt)
+    for loop in sch.get_loops(init)[-2:]:
+        sch.unroll(loop)
+
+    # 6. Prefetch: tile t + 1 waits in registers while tile t is multiplied, so that no FMA waits
+    #    for global memory. The children of the loop over tiles are then [load, store] of the
+    #    filter, of the windows, and the multiplication; `order` puts both loads before it and both
+    #    stores after it. Double buffer: the stores go to a second stage of shared memory, so that
+    #    one barrier a tile is enough.
+    if c.prefetch:
+        for block in (a, windows):
+            sch.annotate(block, "tirx.manifest_shared_memory_local_stage", 1)
+            if c.double_buffer:
+                sch.annotate(block, "double_buffer_scope", 0)
+        sch.annotate(kt, "software_pipeline_stage", [0, 0, 0, 0, 1])
+        sch.annotate(kt, "software_pipeline_order", [0, 3, 1, 4, 2])
+    elif c.double_buffer:
+        sch.annotate(kt, "software_pipeline_stage", [0, 0, 1])
+        sch.annotate(kt, "software_pipeline_order", [0, 1, 2])
+    return sch.mod["main"]
+
+
+def _load_filter_tile(sch, block, c: Config) -> None:
+    """block_k x block_m words, contiguous in global memory and in shared memory."""
+    tile = c.block_k * c.block_m
+    width = c.vector if tile % c.vector == 0 else 1
+    loop = sch.fuse(*sch.get_loops(block)[-2:])
+    _, threads, vector = sch.split(loop, [None, c.threads, width])
+    sch.bind(threads, "threadIdx.x")
+    sch.vectorize(vector)
+
+
+def _load_window_tile(sch, block, c: Config, problem: ConvProblem) -> None:
+    """block_k x block_p words: each thread walks the axis that is contiguous in global memory."""
+    k, p = sch.get_loops(block)[-2:]
+    if problem.channels_last:
+        sch.reorder(p, k)
+        sch.storage_align(block, 0, axis=-2, factor=32, offset=PADDING)
+        loop = sch.fuse(p, k)
+    else:
+        loop = sch.fuse(k, p)
+    _, threads = sch.split(loop, [None, c.threads])
+    sch.bind(threads, "threadIdx.x")
+
+
+IMPLICIT = CudaSimt("cuda_simt", explicit=False)
+EXPLICIT = CudaSimt("cuda_simt_explicit", explicit=True)
