@@ -84,7 +84,6 @@ def describe(
         "epilogue": dataclasses.asdict(epilogue),
         "accuracy": {"float32": "fp32", "float16": "fp16"}[problem.dtype],
         "schedule": {"name": schedule.name, "config": dataclasses.asdict(choice.config)},
-        "packing": schedule.packing(choice.config),
         "target": dataclasses.asdict(target)
         | {"kind": target.kind, "machine": platform.machine()},
         "prepare": PREPARE,

@@ -67,11 +67,11 @@ class Kernel:
 
     @cached_property
     def _origin(self) -> tuple:
-        """What two kernels must share for one's prepared weights to fit the other."""
-        m = self.metadata
+        """What two kernels must share for one's prepared weights to fit the other.
+
+        The packed shape tells the blocking, the problem the order of K.
+        """
         return (
-            m["target"]["kind"],
-            m["packing"],
             self._expected["packed"],
             self.problem.weight_shape,
             self.problem.groups,

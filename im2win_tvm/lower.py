@@ -1,6 +1,7 @@
 """From a schedule's module to object files or CUDA source, through TVM."""
 
 import os
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -96,19 +97,29 @@ def write_objects(
     executable.export_library("kernel.so", fcompile=collect)
 
 
+# Threads that compile CUDA at the moment, and what the variable below was before the first.
+_compiling, _before, _guard = 0, None, threading.Lock()
+
+
 @contextmanager
 def _source_only():
     """Keep CUDA source as it is during `tvm.compile`, on machines with a GPU as without."""
+    global _compiling, _before
     name = "TVM_COMPILE_FORCE_FALLBACK"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+    with _guard:
+        if _compiling == 0:
+            _before = os.environ.get(name)
+            os.environ[name] = "1"
+        _compiling += 1
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        with _guard:
+            _compiling -= 1
+            if _compiling == 0 and _before is None:
+                del os.environ[name]
+            elif _compiling == 0:
+                os.environ[name] = _before
 
 
 def cuda_source(module: tvm.IRModule, target: CudaTarget) -> str:

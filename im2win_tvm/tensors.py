@@ -10,7 +10,16 @@ import numpy as np
 
 from im2win_tvm.problem import ConvProblem
 
-__all__ = ["KINDS", "CheckResult", "Tensors", "check", "fill", "poisoned"]
+__all__ = [
+    "KINDS",
+    "CheckResult",
+    "Limits",
+    "Tensors",
+    "check",
+    "fill",
+    "poisoned",
+    "rounding_limits",
+]
 
 #: How tensors are filled: unit-scale outputs, or integers whose every sum is exact.
 KINDS = ("normal", "integer")
@@ -41,6 +50,14 @@ class Tensors(NamedTuple):
     w: np.ndarray
     bias: np.ndarray | None
     residual: np.ndarray | None
+
+
+class Limits(NamedTuple):
+    """Allowed error of an element, ``floor + share * |expected|``, and relative norm of all."""
+
+    floor: float
+    share: float
+    norm: float
 
 
 class CheckResult(NamedTuple):
@@ -221,16 +238,11 @@ def _chunks(
         yield start, flat_actual[piece].astype(np.float64), flat_expected[piece]
 
 
-def _limits(expected64: np.ndarray, problem: ConvProblem, kind: str) -> tuple[float, float, float]:
-    """Allowed error of an element: absolute and as a share of it; allowed relative norm."""
-    if kind == "integer":
-        return 0.0, 0.0, 0.0
-    squares, count = 0.0, 0
-    for _, _, e in _chunks(expected64, expected64):
-        finite = e[np.isfinite(e)]
-        squares += float(np.dot(finite, finite))
-        count += finite.size
-    scale = sqrt(squares / count) if count else 0.0
+def rounding_limits(problem: ConvProblem, scale: float) -> Limits:
+    """What rounding may do to outputs of :func:`fill`'s "normal" tensors.
+
+    ``scale`` is the root mean square of the exact outputs.
+    """
     # Rounding errors of a float32 sum walk at random. Added one product after the other their
     # deviation is some 0.15 eps sqrt(K) of the outputs' scale and the worst of 20000 sums is off
     # by a third of this limit; the errors of TF32 products are far outside.
@@ -238,5 +250,16 @@ def _limits(expected64: np.ndarray, problem: ConvProblem, kind: str) -> tuple[fl
     norm = 4 * _EPS32 + _EPS32 * sqrt(problem.k)
     if problem.dtype == "float16":
         # One rounding of the output, and tensor cores cut partial sums off instead of rounding.
-        return 2 * walk * scale + _TINY16, _EPS16, 2 * norm + _EPS16 / 2
-    return walk * scale, 4 * _EPS32, norm
+        return Limits(2 * walk * scale + _TINY16, _EPS16, 2 * norm + _EPS16 / 2)
+    return Limits(walk * scale, 4 * _EPS32, norm)
+
+
+def _limits(expected64: np.ndarray, problem: ConvProblem, kind: str) -> Limits:
+    if kind == "integer":
+        return Limits(0.0, 0.0, 0.0)
+    squares, count = 0.0, 0
+    for _, _, e in _chunks(expected64, expected64):
+        finite = e[np.isfinite(e)]
+        squares += float(np.dot(finite, finite))
+        count += finite.size
+    return rounding_limits(problem, sqrt(squares / count) if count else 0.0)

@@ -44,10 +44,6 @@ class Schedule(ABC):
     def schedule(self, problem: ConvProblem, config: Any, target: Target, epilogue: Epilogue):
         """The `tvm.IRModule`; called by `build` with what has passed `supports` and `check`."""
 
-    def packing(self, config: Any) -> list[int]:
-        """What of the configuration decides the order of the packed weights."""
-        return [config.block]
-
     def scratch_bytes(self, problem: ConvProblem, config: Any, target: Target) -> int:
         """Memory that each CPU thread takes for itself during a call."""
         return 0

@@ -17,7 +17,14 @@ from tvm import s_tir, te
 from tvm.ir import IRModule
 
 from ..epilogue import Epilogue
-from ..expr import arguments, convolution_blocked, output, pack_filter, transform
+from ..expr import (
+    Place,
+    arguments,
+    convolution_blocked,
+    pack_filter,
+    tiled_function,
+    transform,
+)
 from ..expr.transform import window_columns
 from ..problem import ConvProblem
 from ..target import CpuTarget
@@ -25,6 +32,8 @@ from .base import CONV, PREPARE, Schedule
 
 # Half of the smallest L2 in use on servers since 2017 (1 MiB): the other half is F' and output.
 STRIP_BYTES = 512 * 1024
+# Smallest first-level data cache in use (32 KiB), less what I' and the output need.
+L1_BYTES = 24 * 1024
 
 
 @dataclass(frozen=True)
@@ -130,20 +139,26 @@ def estimated_cycles(config: Config, problem: ConvProblem, target: CpuTarget) ->
     per_group = problem.out_channels // problem.groups
     blocks = -(-per_group // config.block)
     pixels = config.tile_rows * config.tile_columns
-    # Two FMA and two loads a cycle; fewer than eight chains leave the FMA units waiting.
+    # Two FMA and two loads a cycle; fewer than eight chains leave the FMA units waiting. F' comes
+    # from L2 at 32 bytes a cycle unless a block of it stays in L1. Looping costs most of a cycle.
     fma = max(pixels * config.vectors, 8) / 2
     loads = (pixels + config.vectors) / 2
-    per_tile = problem.k * max(fma, loads) + 1.5 * pixels * config.block
+    panel_bytes = problem.k * config.block * 4
+    streamed = config.block * 4 / 32 if panel_bytes > L1_BYTES else 0
+    per_tile = problem.k * (max(fma, loads, streamed) + 0.8)
+    # Channels-first, a block is stored word by word, in runs of a tile's columns.
+    runs = 0.1 if problem.channels_last else 1 + 3 / config.tile_columns
+    per_tile += pixels * config.block * runs * (1 if config.vectors <= 2 else 3)
     tiles = -(-width // config.tile_columns) * (config.block_rows // config.tile_rows)
-    # F' comes from L2 (or further) once for each block of rows, 32 bytes a cycle.
-    panel = problem.k * config.block * 4 / 32
-    # I' is gathered element by element, about one a cycle.
+    # F' comes from further away once for each block of rows, and I' is gathered element by
+    # element, about one a cycle.
+    panel = panel_bytes / 32
     strip = problem.in_channels // problem.groups * config.block_rows * width_of_strip(
         problem, config
     )
     spill = 1.0 if strip * 4 <= STRIP_BYTES else 2.0
     blocks_a_split = -(-blocks // config.splits)
-    task = strip * spill + blocks_a_split * (per_tile * tiles * (0.9 + 0.1 * spill) + panel)
+    task = strip * spill + blocks_a_split * (per_tile * tiles + panel) * (0.9 + 0.1 * spill)
     tasks = problem.batch * problem.groups * -(-height // config.block_rows) * config.splits
     # The runtime hands out tasks as threads come free; what is left over at the end is idle time.
     return -(-tasks // target.threads) * (task + 2000)
@@ -182,25 +197,31 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
     iw = transform(args.x, problem, rows=rows, outputs=columns, dtype="float32")
     acc = convolution_blocked(iw, packed, problem, rows, columns)
 
-    def accumulator(n, o, m, q):
-        return acc[n, o // per_group, o % per_group // c.block, m, q, o % per_group % c.block]
+    def place(n, g, b, m, q, i):
+        inside = []
+        if blocks * c.block > per_group:
+            inside.append(b * c.block + i < per_group)
+        if rows > height:
+            inside.append(m < height)
+        if columns > width:
+            inside.append(q < width)
+        return Place(n, g * per_group + b * c.block + i, m, q, inside)
 
-    y = output(accumulator, problem, epilogue, args.bias, args.residual)
-    sch = s_tir.Schedule(te.create_prim_func([args.x, packed, *args.extras(), y]))
+    function = tiled_function([args.x, packed], acc, place, problem, args, epilogue)
+    sch = s_tir.Schedule(function)
     y, conv, im2win = (sch.get_sblock(name) for name in ("y", "conv", "im2win"))
 
     # 1. Cut the output into tasks (image, group, rows, part of the channels), and each task into
     #    register blocks. Rows inside channels: F' of a block is reused while it is in L2.
-    if problem.channels_last:
-        n, m, q, o = sch.get_loops(y)
-    else:
-        n, o, m, q = sch.get_loops(y)
-    g, o = sch.split(o, [problem.groups, per_group])
-    part, b, i = sch.split(o, [c.splits, -(-blocks // c.splits), c.block])
+    n, g, b, m, q, i = sch.get_loops(y)
+    part, b = sch.split(b, [c.splits, blocks // c.splits])
     m, mt, mi = sch.split(m, [rows // c.block_rows, c.block_rows // c.tile_rows, c.tile_rows])
     qt, qi = sch.split(q, [columns // c.tile_columns, c.tile_columns])
-    inner = (mi, qi, i) if problem.channels_last else (i, mi, qi)
-    sch.reorder(n, g, m, part, b, mt, qt, *inner)
+    sch.reorder(n, g, m, part, b, mt, qt, *((mi, qi, i) if problem.channels_last else (i, mi, qi)))
+    if not problem.channels_last:
+        # The block is stored column by column. Rolled, LLVM makes vector scatters of the loop,
+        # several times slower than scalar stores (measured on Zen 5).
+        sch.unroll(i)
     task = sch.fuse(n, g, m, part)
     sch.parallel(task)
 

@@ -24,11 +24,12 @@ from tvm import s_tir, te
 from tvm.ir import IRModule
 
 from ..expr import (
+    Place,
     arguments,
     convolution_gemm,
     gemm_sizes,
-    output,
     pack_filter,
+    tiled_function,
     transform,
     window,
     window_columns,
@@ -63,11 +64,6 @@ class Config:
     double_buffer: bool = True
     prefetch: bool = True
     vector: int = 4
-
-    @property
-    def block(self) -> int:
-        """Output channels side by side in the packed filter."""
-        return self.block_m
 
     @property
     def threads(self) -> int:
@@ -171,15 +167,20 @@ class CudaSimt(Schedule):
 PADDING = 4
 
 
+def _rounded_m(problem: ConvProblem, config: Config) -> int:
+    return -(-gemm_sizes(problem).m // config.block_m) * config.block_m
+
+
 def _im2win_elements(problem: ConvProblem) -> int:
     columns = window_columns(problem) * problem.kernel_size[0]
     return problem.batch * problem.in_channels * problem.output_size[0] * columns
 
 
 def prepare(problem: ConvProblem, config: Config):
-    """The filter in window order, `block_m` channels side by side. Runs once."""
+    """The filter in window order, channels innermost. Runs once."""
     w = te.placeholder(problem.weight_shape, problem.dtype, name="w")
-    packed = pack_filter(w, problem, config.block_m, config.block_k)
+    # All channels of a group side by side: one block, of M rounded up to whole tiles.
+    packed = pack_filter(w, problem, _rounded_m(problem, config), config.block_k)
     return _elementwise([w, packed], "packed")
 
 
@@ -205,45 +206,41 @@ def convolve(problem: ConvProblem, config: Config, epilogue, explicit: bool):
     # M, P and K are rounded up to whole tiles: windows are zero there, and only y is checked.
     k_padded = -(-sizes.k // c.block_k) * c.block_k
     p_padded = -(-sizes.p // c.block_p) * c.block_p
-    blocks_m = -(-sizes.m // c.block_m)
-    pixels = problem.output_size[0] * problem.output_size[1]
+    height, width = problem.output_size
 
     args = arguments(problem, epilogue)
-    packed = te.placeholder(
-        (problem.groups, blocks_m, k_padded, c.block_m), problem.dtype, name="packed"
-    )
+    m_padded = _rounded_m(problem, c)
+    packed = te.placeholder((problem.groups, 1, k_padded, m_padded), problem.dtype, name="packed")
     iw = transform(args.x, problem)
     if explicit:
         iw = te.placeholder(iw.shape, problem.dtype, name="im2win")
     windows = window(iw, problem, k_padded, p_padded)
     acc = convolution_gemm(windows, packed)
 
-    def accumulator(n, o, m, q):
-        p = n * pixels + m * problem.output_size[1] + q
-        return acc[o // sizes.m, o % sizes.m, p]
+    def place(g, m, p):
+        inside = []
+        if m_padded > sizes.m:
+            inside.append(m < sizes.m)
+        if p_padded > sizes.p:
+            inside.append(p < sizes.p)
+        n, row, column = p // (height * width), p // width % height, p % width
+        return Place(n, g * sizes.m + m, row, column, inside)
 
-    y = output(accumulator, problem, epilogue, args.bias, args.residual)
     source = iw if explicit else args.x
-    sch = s_tir.Schedule(te.create_prim_func([source, packed, *args.extras(), y]))
+    function = tiled_function([source, packed], acc, place, problem, args, epilogue)
+    sch = s_tir.Schedule(function)
     y, conv, windows = (sch.get_sblock(name) for name in ("y", "conv", "window"))
     if not explicit:
         sch.compute_inline(sch.get_sblock("im2win"))
 
-    # 1. Block tile: the output as (group, channels, pixels), cut into blocks.
-    height, width = problem.output_size
-
-    def product_axes(n, a, b, c):
-        m, q, o = (a, b, c) if problem.channels_last else (b, c, a)
-        return o // sizes.m, o % sizes.m, (n * height + m) * width + q
-
-    sch.transform_block_layout(y, product_axes)
+    # 1. Block tile: every axis of the product, cut into blocks.
     g, m, p = sch.get_loops(y)
 
     # 2. Micro-kernel: a thread's outputs are `vector`-wide groups, spread over the block so that
     #    neighbouring threads read neighbouring vectors of shared memory.
     wide_m, wide_p = min(c.vector, c.thread_m), min(c.vector, c.thread_p)
     mb, mv, mt, mi = sch.split(
-        m, [blocks_m, c.thread_m // wide_m, c.block_m // c.thread_m, wide_m]
+        m, [m_padded // c.block_m, c.thread_m // wide_m, c.block_m // c.thread_m, wide_m]
     )
     pb, pv, pt, pi = sch.split(
         p, [p_padded // c.block_p, c.thread_p // wide_p, c.block_p // c.thread_p, wide_p]
@@ -281,7 +278,8 @@ def convolve(problem: ConvProblem, config: Config, epilogue, explicit: bool):
             fragment = sch.cache_read(conv, operand, "local")
             sch.compute_at(fragment, ki, preserve_unit_loops=True)
             sch.vectorize(sch.get_loops(fragment)[-1])
-    for loop in (ki, mi, pi):
+    # Without shared memory, addresses of a whole unrolled tile would not fit in the registers.
+    for loop in (ki, mi, pi) if c.shared else (mi, pi):
         sch.unroll(loop)
     init = sch.decompose_reduction(conv, kt)
     for loop in sch.get_loops(init)[-2:]:
@@ -306,9 +304,8 @@ def convolve(problem: ConvProblem, config: Config, epilogue, explicit: bool):
 
 
 def _load_filter_tile(sch, block, c: Config) -> None:
-    """block_k x block_m words, contiguous in global memory and in shared memory."""
-    tile = c.block_k * c.block_m
-    width = c.vector if tile % c.vector == 0 else 1
+    """block_k rows of block_m words, contiguous in global memory and in shared memory."""
+    width = c.vector if c.block_m % c.vector == 0 else 1
     loop = sch.fuse(*sch.get_loops(block)[-2:])
     _, threads, vector = sch.split(loop, [None, c.threads, width])
     sch.bind(threads, "threadIdx.x")

@@ -10,10 +10,13 @@ Formulas: "Im2win: An Efficient Convolution Paradigm on GPU" (arXiv 2306.14316),
 from .convolution import convolution, convolution_blocked, convolution_gemm, gemm_sizes, window
 from .epilogue import output
 from .filter import filter_window, pack_filter
-from .graph import arguments, graph
+from .graph import Arguments, arguments, graph
+from .store import Place, tiled_function
 from .transform import transform, window_columns
 
 __all__ = [
+    "Arguments",
+    "Place",
     "arguments",
     "convolution",
     "convolution_blocked",
@@ -23,6 +26,7 @@ __all__ = [
     "graph",
     "output",
     "pack_filter",
+    "tiled_function",
     "transform",
     "window",
     "window_columns",

@@ -40,6 +40,5 @@ def graph(problem: ConvProblem, epilogue: Epilogue = NONE) -> list[te.Tensor]:
     """``[x, w, (bias), (residual), y]``: transform, filter, convolution and epilogue in one."""
     args = arguments(problem, epilogue)
     iw, fw = transform(args.x, problem), filter_window(args.w, problem)
-    conv = convolution(iw, fw, problem)
-    y = output(lambda n, o, m, q: conv[n, o, m, q], problem, epilogue, args.bias, args.residual)
+    y = output(convolution(iw, fw, problem), problem, epilogue, args.bias, args.residual)
     return [args.x, args.w, *args.extras(), y]

@@ -5,6 +5,7 @@
 // the linker hides them (see artifact.py), so that a library behaves the same with and without TVM.
 
 #include <omp.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 
@@ -19,10 +20,22 @@ typedef int (*Task)(int id, ParallelGroup* group, void* closure);
 // atomic increment.
 enum { PARTS_PER_THREAD = 16 };
 
+// GNU OpenMP's threads do not follow a fork, and a child that asks for them waits for ever. Set in
+// the child of a process that has this library loaded: it computes serially, as PyTorch's workers.
+static int forked;
+
+static void in_child(void) { forked = 1; }
+
+int im2win_threads(void) { return forked ? 1 : omp_get_max_threads(); }
+
 static int parallel_launch(Task task, void* closure, int parts) {
-  const int threads = omp_get_max_threads();
+  const int threads = im2win_threads();
   ParallelGroup group = {NULL, parts > 0 ? parts : threads * PARTS_PER_THREAD};
   int failed = 0;
+  if (forked) {
+    for (int id = 0; id < group.num_task; ++id) failed |= task(id, &group, closure) != 0;
+    return failed ? -1 : 0;
+  }
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) reduction(| : failed)
   for (int id = 0; id < group.num_task; ++id) failed |= task(id, &group, closure) != 0;
   return failed ? -1 : 0;
@@ -46,9 +59,8 @@ __attribute__((weak)) void* __TVMBackendAllocWorkspace;
 __attribute__((weak)) void* __TVMBackendFreeWorkspace;
 
 __attribute__((constructor)) static void fill_in(void) {
+  pthread_atfork(NULL, NULL, in_child);
   __TVMBackendParallelLaunch = (void*)parallel_launch;
   __TVMBackendAllocWorkspace = (void*)workspace_allocate;
   __TVMBackendFreeWorkspace = (void*)workspace_free;
 }
-
-int im2win_threads(void) { return omp_get_max_threads(); }

@@ -1,0 +1,38 @@
+"""What is measured against what: one adapter a file, all with one interface."""
+
+from __future__ import annotations
+
+from ...schedules import SCHEDULES
+from ...target import Target
+from .base import Implementation, Prepared
+from .im2win import Im2win
+from .torch_conv import Torch
+from .tvm_default import TvmDefault
+
+__all__ = ["COMPETITORS", "Implementation", "Prepared", "implementations"]
+
+#: The competitors by family.
+COMPETITORS: dict[str, tuple[Implementation, ...]] = {
+    "tvm": (TvmDefault(),),
+    "torch": (Torch(channels_last=False), Torch(channels_last=True)),
+}
+
+
+def implementations(
+    target: Target,
+    against: list[str] | None = None,
+    schedule: str | None = None,
+    config: dict | None = None,
+) -> list[Implementation]:
+    """The project's schedules for the target, then the competitors.
+
+    against: families to measure against (None: all). schedule, config: only this schedule, with
+    this configuration instead of the heuristic's.
+    """
+    ours = [
+        Im2win(name, config)
+        for name, candidate in SCHEDULES.items()
+        if (candidate.kind == target.kind if schedule is None else name == schedule)
+    ]
+    families = list(COMPETITORS) if against is None else against
+    return [*ours, *(entry for family in families for entry in COMPETITORS[family])]

@@ -1,0 +1,48 @@
+"""The project's schedules. Weights are prepared outside the timing, the transform is inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ... import compiler
+from ...kernel import Kernel
+from ...problem import ConvProblem
+from ...schedules import SCHEDULES
+from ...target import Target
+from ..operands import Operands
+from .base import Prepared
+
+
+class Im2win:
+    """One schedule, with the heuristic's configuration unless one is given."""
+
+    family = "im2win"
+    relative_limit = None
+
+    def __init__(self, schedule: str, config: dict | None = None) -> None:
+        self.name = schedule
+        self.config = config
+        self._built: dict[ConvProblem, Kernel | Exception] = {}
+
+    def available(self, problem: ConvProblem, target: Target) -> str | None:
+        return SCHEDULES[self.name].supports(problem, target)
+
+    def provide(self, problem: ConvProblem, built: Kernel | Exception) -> None:
+        """A kernel built beforehand, or the error it met, for `prepare` to use once."""
+        self._built[problem] = built
+
+    def prepare(self, operands: Operands, target: Target) -> Prepared:
+        problem = operands.problem
+        kernel = self._built.pop(problem, None) or compiler.compile(
+            problem, target, schedule=self.name, config=self.config
+        )
+        if isinstance(kernel, Exception):
+            raise kernel
+        weights = kernel.prepare(operands.w)
+        output = operands.poisoned()
+
+        def call() -> Any:
+            return kernel(operands.x, weights, out=output)
+
+        detail = {"schedule": kernel.metadata["schedule"]}
+        return Prepared(call, kernel.workspace_bytes, detail)

@@ -1,0 +1,94 @@
+"""PyTorch's conv2d: oneDNN on the CPU, cuDNN on CUDA, in both of its memory formats.
+
+Tensors are brought into the memory format outside the timing: the better format is what a model
+kept in it gets. Uneven padding, which conv2d has no argument for, is a copy inside the timing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from ...problem import ConvProblem
+from ...target import CpuTarget, Target
+from ..operands import Operands
+from .base import COMPETITOR_LIMIT, Prepared
+
+
+class Torch:
+    """`torch.nn.functional.conv2d` in one memory format."""
+
+    family = "torch"
+    relative_limit = COMPETITOR_LIMIT
+
+    def __init__(self, channels_last: bool) -> None:
+        self.channels_last = channels_last
+        self.name = "torch nhwc" if channels_last else "torch nchw"
+
+    def available(self, problem: ConvProblem, target: Target) -> str | None:
+        if importlib.util.find_spec("torch") is None:
+            return "PyTorch is not installed (pip install 'im2win_tvm[torch]')"
+        if problem.spatial_rank != 2:
+            return f"input_size={problem.input_size}: conv2d takes two spatial axes"
+        return None
+
+    def prepare(self, operands: Operands, target: Target) -> Prepared:
+        import torch
+
+        problem = operands.problem
+        on_cpu = isinstance(target, CpuTarget)
+        detail: dict[str, Any] = {
+            "memory_format": "channels_last" if self.channels_last else "contiguous"
+        }
+        if on_cpu:
+            torch.set_num_threads(target.threads)
+            detail["threads"] = target.threads
+        else:
+            torch.backends.cudnn.benchmark = True
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_tf32 = False
+            detail |= {"cudnn_benchmark": True, "tf32": False}
+        x, w = torch.as_tensor(operands.x), torch.as_tensor(operands.w)
+        if problem.channels_last:
+            x = x.movedim(-1, 1)
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        x, w = (t.contiguous(memory_format=memory_format) for t in (x, w))
+        call = _call(problem, x, w)
+
+        def view(y: Any) -> Any:
+            y = y.movedim(1, -1) if problem.channels_last else y
+            return y.numpy() if on_cpu else y
+
+        workspace = None if on_cpu else _peak_above(call)
+        return Prepared(call, workspace, detail, view)
+
+
+def _call(problem: ConvProblem, x: Any, w: Any) -> Any:
+    import torch
+    from torch.nn import functional
+
+    uneven = any(before != after for before, after in problem.padding)
+    pads = [entry for pair in reversed(problem.padding) for entry in pair]
+    even = 0 if uneven else tuple(before for before, _ in problem.padding)
+
+    @torch.no_grad()
+    def call() -> Any:
+        source = functional.pad(x, pads) if uneven else x
+        return functional.conv2d(
+            source, w, None, problem.stride, even, problem.dilation, problem.groups
+        )
+
+    return call
+
+
+def _peak_above(call: Any) -> int:
+    """Peak of PyTorch's CUDA memory during a call, above what was there and the output, bytes."""
+    import torch
+
+    call()  # cuDNN's search for an algorithm takes memory of its own
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    output = call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - output.nbytes

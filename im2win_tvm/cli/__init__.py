@@ -1,0 +1,26 @@
+"""The command `im2win`: one file a command."""
+
+from __future__ import annotations
+
+import typer
+
+from . import bench, env, export, inspect, verify
+from .errors import Group
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="im2win",
+    cls=Group,
+    help="Im2win convolutions: measure, verify, export and inspect kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (bench.bench, verify.verify, export.export, inspect.inspect, env.env):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    app(prog_name="im2win")

@@ -1,0 +1,131 @@
+"""`im2win bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import (
+    PROBLEM_HELP,
+    ArchOption,
+    ConfigOption,
+    DtypeOption,
+    LayoutOption,
+    TargetOption,
+    known_schedule,
+    parse_config,
+    parse_problem,
+)
+from .progress import progress
+
+if TYPE_CHECKING:
+    from ..problem import ConvProblem
+
+
+def bench(
+    problems: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROBLEM]...", help=PROBLEM_HELP)
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option("--suite", help="paper, resnet50 or vgg16. Default without PROBLEM: paper."),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            "--batch",
+            "--mb",
+            help="Batch size. Default of a suite: 1 on llvm, 128 on cuda; of a PROBLEM: its own.",
+        ),
+    ] = None,
+    target: TargetOption = None,
+    arch: ArchOption = None,
+    dtype: DtypeOption = "float32",
+    layout: LayoutOption = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", help="Only this schedule. Default: every one.")
+    ] = None,
+    config: ConfigOption = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against", help="tvm, torch or none; may be given several times. Default: all."
+        ),
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the record as JSON.")
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="FILE", help="Write a chart of the record.")
+    ] = None,
+) -> None:
+    """Measure convolutions against TVM's default and PyTorch.
+
+    Every output is checked against a float64 reference in the same run. Exits with 1 if an
+    implementation fails its check; a competitor that is not installed is a gap in the table.
+    """
+    from ..bench import chart, report
+    from ..bench.baselines import implementations
+    from ..bench.baselines.im2win import Im2win
+    from ..bench.run import failures, run
+    from ..builds import default_jobs
+    from ..target import resolve
+
+    resolved = resolve(target, arch=arch)
+    chosen = _problems(problems or [], suite, batch, dtype, layout, resolved.kind)
+    contenders = implementations(
+        resolved,
+        _families(against),
+        known_schedule(schedule, resolved.kind),
+        parse_config(config, schedule),
+    )
+    for path in (json_path, png):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    ours = sum(isinstance(entry, Im2win) for entry in contenders)
+    builds = 0 if default_jobs(resolved) == 1 else ours * len(chosen)
+    with progress(len(chosen) + builds) as step:
+        record = run(chosen, resolved, contenders, progress=step)
+    print(report.text(record))
+    if json_path is not None:
+        json_path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    if png is not None:
+        chart.draw(record, png)
+    if failures(record):
+        raise typer.Exit(1)
+
+
+def _problems(
+    texts: list[str],
+    suite_name: str | None,
+    batch: int | None,
+    dtype: str,
+    layout: str | None,
+    kind: str,
+) -> dict[str, ConvProblem]:
+    from ..suites import suite
+
+    chosen: dict[str, ConvProblem] = {}
+    if suite_name is not None or not texts:
+        size = batch if batch is not None else 128 if kind == "cuda" else 1
+        chosen |= suite(suite_name or "paper", size, dtype, layout)
+    for text in texts:
+        name, problem = parse_problem(text, dtype, layout, batch)
+        chosen[name] = problem
+    return chosen
+
+
+def _families(against: list[str] | None) -> list[str] | None:
+    from ..bench.baselines import COMPETITORS
+
+    if not against:
+        return None
+    for family in against:
+        if family not in (*COMPETITORS, "none"):
+            raise typer.BadParameter(
+                f"against={family!r}: allowed: {', '.join(COMPETITORS)} or none"
+            )
+    return [family for family in dict.fromkeys(against) if family != "none"]

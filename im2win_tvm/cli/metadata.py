@@ -1,0 +1,44 @@
+"""An artifact's metadata as lines of text."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ..bench import units
+
+
+def summary(metadata: dict[str, Any]) -> list[str]:
+    """What a kernel computes, how, for which machine, and what it needs."""
+    problem, target = metadata["problem"], metadata["target"]
+    schedule, epilogue = metadata["schedule"], metadata["epilogue"]
+    extras = [name for name in ("bias", "residual") if epilogue[name]]
+    extras += [epilogue["activation"]] if epilogue["activation"] else []
+    where = target["arch"] if target["kind"] == "cuda" else target["cpu"]
+    workspace = sum(_bytes(metadata["arguments"][name]) for name in metadata["workspaces"])
+    rows = {
+        "problem": f"{metadata['descriptor']} {problem['dtype']} {problem['layout']}",
+        "epilogue": " + ".join(extras) or "none",
+        "accuracy": metadata["accuracy"],
+        "schedule": schedule["name"],
+        "config": fields(schedule["config"]),
+        "target": f"{target['kind']} {where} on {target['machine']}",
+        "workspace": units.size(workspace),
+        "scratch/thread": units.size(metadata["scratch_bytes_per_thread"]),
+        "calls": ", ".join(
+            f"{call['function']}({', '.join(call['arguments'])})" for call in metadata["calls"]
+        ),
+        "versions": fields(metadata["versions"]),
+    }
+    return [f"{name:<16} {value}" for name, value in rows.items()]
+
+
+def fields(values: dict[str, Any]) -> str:
+    """``name=value`` pairs on one line."""
+    return " ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _bytes(argument: dict[str, Any]) -> int:
+    return math.prod(argument["shape"]) * np.dtype(argument["dtype"]).itemsize

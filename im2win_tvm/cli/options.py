@@ -1,0 +1,92 @@
+"""Options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..problem import ConvProblem
+
+TargetOption = Annotated[
+    str | None,
+    typer.Option("--target", help="llvm (CPU) or cuda. Default: cuda where a GPU is, else llvm."),
+]
+ArchOption = Annotated[
+    str | None,
+    typer.Option(
+        "--arch",
+        help="CUDA architecture (sm_90) or LLVM processor (x86-64-v3). Default: what is here.",
+    ),
+]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="float32 or float16.")]
+LayoutOption = Annotated[
+    str | None,
+    typer.Option("--layout", help="NCHW or NHWC (1-D: NCW, NWC). Default: channels first."),
+]
+BatchSizeOption = Annotated[
+    int | None,
+    typer.Option("--mb", help="Batch size, instead of the one the problem or suite names."),
+]
+ScheduleOption = Annotated[
+    str | None, typer.Option("--schedule", help="A schedule by name. Default: the selected one.")
+]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        help="Fields of the schedule's configuration as a JSON object; the heuristic's "
+        "for the others.",
+    ),
+]
+PROBLEM_HELP = (
+    "A oneDNN problem descriptor (mb1ic64ih56oc64kh3ph1) or a layer of a suite (paper:conv9)."
+)
+
+
+def parse_problem(
+    text: str, dtype: str, layout: str | None, batch: int | None
+) -> tuple[str, ConvProblem]:
+    """Name and problem of an argument: a descriptor, or ``suite:layer``.
+
+    Raises ProblemError or SuiteError.
+    """
+    from ..problem import ConvProblem, descriptor_name
+    from ..suites import layer
+
+    suite_name, colon, layer_name = text.partition(":")
+    if colon and suite_name.isalnum() and '"' not in text:
+        return text, layer(suite_name, layer_name, batch, dtype, layout)
+    problem = ConvProblem.parse(text, dtype=dtype, layout=layout)
+    if batch is not None:
+        problem = problem.replace(batch=batch)
+    return descriptor_name(text) or str(problem), problem
+
+
+def parse_config(text: str | None, schedule: str | None) -> dict[str, Any] | None:
+    """The fields of ``--config``. Raises ScheduleError for anything but a JSON object."""
+    if text is None:
+        return None
+    from ..schedules import ScheduleError
+
+    if schedule is None:
+        raise ScheduleError(f"config={text!r}: allowed together with --schedule only")
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise ScheduleError(f"config={text!r}: not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ScheduleError(f"config={text!r}: allowed: a JSON object of fields")
+    return fields
+
+
+def known_schedule(name: str | None, kind: str) -> str | None:
+    """`name` if it is a schedule for this kind of target. Raises ScheduleError."""
+    from ..schedules import SCHEDULES, ScheduleError
+
+    allowed = [entry for entry, schedule in SCHEDULES.items() if schedule.kind == kind]
+    if name is not None and name not in allowed:
+        raise ScheduleError(f"schedule={name!r}: allowed for {kind}: {', '.join(allowed)}")
+    return name
