@@ -11,11 +11,10 @@ import tvm
 import tvm_ffi
 from tvm import tirx
 
-from .schedules.base import ARGUMENTS, CONV, PREPARE, TRANSFORM
+from .schedules.base import ALIGNMENT, ARGUMENTS, CONV, PREPARE, TRANSFORM
 from .target import CpuTarget, CudaTarget
 
-# TVM's own buffers, and ours: prepared weights and workspaces start on a cache line.
-ALIGNMENT = 64
+# Allocated by this package, like the workspaces: they keep TVM's alignment, a cache line.
 _OURS = ("packed",)
 
 
@@ -30,31 +29,32 @@ class Parameter(NamedTuple):
 
 
 def lower(module: tvm.IRModule) -> tvm.IRModule:
-    """Give every function its symbol, and every array of the caller its natural alignment.
+    """Give every function its symbol, and every array of the caller the alignment it may have.
 
     TVM assumes 64 bytes for parameters and emits aligned vector loads, which fault on a NumPy
-    array or a view. Arrays that we allocate keep them.
+    array or a view. The natural alignment is enough unless a schedule says otherwise.
     """
     functions = {}
     for variable, function in module.functions_items():
         name = variable.name_hint
-        functions[name] = _with_natural_alignment(function).with_attr("global_symbol", name)
+        functions[name] = _with_alignment(function).with_attr("global_symbol", name)
     return tvm.IRModule(functions)
 
 
-def _with_natural_alignment(function: tirx.PrimFunc) -> tirx.PrimFunc:
+def _with_alignment(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    wanted = dict(function.attrs[ALIGNMENT]) if ALIGNMENT in function.attrs else {}
+
+    def alignment(p) -> int:
+        return int(wanted.get(p.name, np.dtype(str(p.dtype)).itemsize))
+
     replaced = {
-        p: tirx.decl_buffer(p.shape, p.dtype, p.name, data_alignment=_itemsize(p))
+        p: tirx.decl_buffer(p.shape, p.dtype, p.name, data_alignment=alignment(p))
         for p in function.params
         if p.name in ARGUMENTS and p.name not in _OURS
     }
     body = tvm_ffi.structural_map(function.body, (tvm.ir.Var, lambda v: replaced.get(v, v)))
     params = [replaced.get(p, p) for p in function.params]
     return tirx.PrimFunc(params, body, function.ret_type, function.attrs)
-
-
-def _itemsize(parameter) -> int:
-    return np.dtype(str(parameter.dtype)).itemsize
 
 
 def function_parameters(module: tvm.IRModule) -> dict[str, list[Parameter]]:
@@ -133,7 +133,6 @@ def cuda_source(module: tvm.IRModule, target: CudaTarget) -> str:
 
 
 __all__ = [
-    "ALIGNMENT",
     "PREPARE",
     "Parameter",
     "calls",

@@ -13,6 +13,8 @@ from ..target import Target
 PREPARE, TRANSFORM, CONV = "im2win_prepare", "im2win_transform", "im2win_conv"
 # Names of their parameters. Any other name is a workspace that the caller allocates.
 ARGUMENTS = ("x", "w", "packed", "bias", "residual", "y")
+# Attribute of a function: bytes by parameter name, where more than the natural alignment is needed.
+ALIGNMENT = "im2win.alignment"
 
 
 class ScheduleError(ValueError):

@@ -36,7 +36,7 @@ from ..expr import (
 )
 from ..problem import ConvProblem
 from ..target import CudaTarget
-from .base import CONV, PREPARE, TRANSFORM, Schedule
+from .base import ALIGNMENT, CONV, PREPARE, TRANSFORM, Schedule
 
 # Threads of the kernels that only move data: enough to hide latency, small enough for any tail.
 COPY_THREADS = 256
@@ -246,6 +246,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue, explicit: bool):
         p, [p_padded // c.block_p, c.thread_p // wide_p, c.block_p // c.thread_p, wide_p]
     )
     sch.reorder(g, mb, pb, mv, pv, mt, pt, mi, pi)
+    ym, yp = mi, pi
     thread = sch.fuse(mt, pt)
     for loop, axis in (
         (g, "blockIdx.z"), (mb, "blockIdx.y"), (pb, "blockIdx.x"),
@@ -285,7 +286,13 @@ def convolve(problem: ConvProblem, config: Config, epilogue, explicit: bool):
     for loop in sch.get_loops(init)[-2:]:
         sch.unroll(loop)
 
-    # 6. Prefetch: tile t + 1 waits in registers while tile t is multiplied, so that no FMA waits
+    # 6. Store: whole vectors where the output has them, so that a warp writes full sectors.
+    if _vectors_of_output(problem, c):
+        if problem.channels_last:
+            sch.reorder(yp, ym)
+        sch.vectorize(ym if problem.channels_last else yp)
+
+    # 7. Prefetch: tile t + 1 waits in registers while tile t is multiplied, so that no FMA waits
     #    for global memory. The children of the loop over tiles are then [load, store] of the
     #    filter, of the windows, and the multiplication; `order` puts both loads before it and both
     #    stores after it. Double buffer: the stores go to a second stage of shared memory, so that
@@ -300,7 +307,35 @@ def convolve(problem: ConvProblem, config: Config, epilogue, explicit: bool):
     elif c.double_buffer:
         sch.annotate(kt, "software_pipeline_stage", [0, 0, 1])
         sch.annotate(kt, "software_pipeline_order", [0, 1, 2])
-    return sch.mod["main"]
+    return sch.mod["main"].with_attr(ALIGNMENT, _alignment(problem, c, explicit))
+
+
+def _vectors_of_output(problem: ConvProblem, c: Config) -> bool:
+    """Whether a thread's group of neighbouring outputs is one aligned vector in memory."""
+    if c.vector == 1:
+        return False
+    if problem.channels_last:
+        return c.thread_m >= c.vector and gemm_sizes(problem).m % c.vector == 0
+    height, width = problem.output_size
+    return c.thread_p >= c.vector and height * width % c.vector == 0
+
+
+def _vectors_of_input(problem: ConvProblem, c: Config) -> bool:
+    """Whether `vector` neighbouring positions of a window are one aligned vector in memory."""
+    channels = problem.in_channels // problem.groups
+    return problem.channels_last and c.vector > 1 and channels % c.vector == 0
+
+
+def _alignment(problem: ConvProblem, c: Config, explicit: bool) -> dict[str, int]:
+    """Bytes that the pointers of a caller's arrays have to be multiples of."""
+    vector = c.vector * problem.itemsize
+    aligned = {}
+    if _vectors_of_output(problem, c):
+        aligned |= {"y": vector, "residual": vector}
+        aligned |= {"bias": vector} if problem.channels_last else {}
+    if _vectors_of_input(problem, c) and not explicit:
+        aligned["x"] = vector
+    return aligned
 
 
 def _load_filter_tile(sch, block, c: Config) -> None:
@@ -321,8 +356,11 @@ def _load_window_tile(sch, block, c: Config, problem: ConvProblem) -> None:
         loop = sch.fuse(p, k)
     else:
         loop = sch.fuse(k, p)
-    _, threads = sch.split(loop, [None, c.threads])
+    width = c.vector if _vectors_of_input(problem, c) and c.block_k % c.vector == 0 else 1
+    _, threads, vector = sch.split(loop, [None, c.threads, width])
     sch.bind(threads, "threadIdx.x")
+    if width > 1:
+        sch.vectorize(vector)
 
 
 IMPLICIT = CudaSimt("cuda_simt", explicit=False)

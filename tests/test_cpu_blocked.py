@@ -1,6 +1,7 @@
 """The CPU schedule: values of its default and of its other configurations, on odd problems."""
 
 import ctypes
+import dataclasses
 import itertools
 import random
 
@@ -17,7 +18,7 @@ from im2win_tvm.schedules.cpu_blocked import Config
 from im2win_tvm.target import missing_cpu_features, resolve
 
 SCHEDULE = SCHEDULES["cpu_blocked"]
-FIRST, MORE = odd_problems(1, 90), odd_problems(2, 400)
+FIRST, MORE = odd_problems(1, 80), odd_problems(2, 400)
 RAGGED = ConvProblem(2, 6, (9, 11), 22, (3, 2), (2, 1), ((1, 0), (2, 1)), (1, 2), 2)
 
 
@@ -38,7 +39,11 @@ def assert_right(kernel, kinds=tensors.KINDS):
 @pytest.mark.parametrize(
     "problem",
     [
-        *(pytest.param(problem, id=name) for name, problem in edge_problems()),
+        *(
+            # Two of an edge's four layouts and dtypes, in turn; the others are slow.
+            pytest.param(problem, id=name, marks=[pytest.mark.slow] * (number % 8 not in (0, 3, 5, 6)))
+            for number, (name, problem) in enumerate(edge_problems())
+        ),
         *(pytest.param(problem, id=problem_id(problem)) for problem in FIRST),
         *(
             pytest.param(problem, id=problem_id(problem), marks=pytest.mark.slow)
@@ -75,10 +80,10 @@ def sample(problem, count):
     return [every[0], every[-1], *chosen]
 
 
-@pytest.mark.parametrize("turn", range(10))
+@pytest.mark.parametrize("turn", range(7))
 @pytest.mark.parametrize("problem", SAMPLED, ids=problem_id)
 def test_sampled_configurations(problem, turn):
-    assert_right(im2win_tvm.compile(problem, "llvm", config=sample(problem, 8)[turn]))
+    assert_right(im2win_tvm.compile(problem, "llvm", config=sample(problem, 5)[turn]))
 
 
 @pytest.mark.parametrize(
@@ -86,18 +91,20 @@ def test_sampled_configurations(problem, turn):
     [
         dict(unroll=2),
         dict(unroll=7),  # divides no reduction of RAGGED
-        dict(lanes=1, vectors=1, splits=1),
-        dict(lanes=2, vectors=2, splits=1),
-        dict(lanes=4, vectors=3, tile_rows=1, tile_columns=3, splits=1),
-        dict(lanes=4, vectors=1, splits=3),
-        dict(tile_rows=3, tile_columns=2, block_rows=6, vectors=1),  # beyond the output's rows
-        dict(tile_rows=1, tile_columns=13, block_rows=1, vectors=1, lanes=4, splits=1),
+        dict(lanes=1),
+        dict(lanes=2, vectors=2),
+        dict(vectors=3, tile_rows=3, tile_columns=1, block_rows=3),
+        dict(splits=3),
+        dict(tile_rows=3, tile_columns=2, block_rows=6),  # more rows than there are
+        dict(tile_columns=13),  # more columns than there are
     ],
     ids=str,
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_configurations_that_are_never_proposed(fields, layout):
-    assert_right(im2win_tvm.compile(RAGGED.replace(layout=layout), "llvm", config=fields))
+    plain = Config(4, 1, 1, 3, block_rows=1, splits=1)
+    config = dataclasses.replace(plain, **fields)
+    assert_right(im2win_tvm.compile(RAGGED.replace(layout=layout), "llvm", config=config))
 
 
 def test_every_proposal_is_valid_and_the_default_is_one_of_them():
@@ -158,8 +165,7 @@ EPILOGUES = list(itertools.product([False, True], [False, True], [None, "relu"])
 
 
 @pytest.mark.parametrize(("bias", "residual", "activation"), EPILOGUES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "dtype"), [("NCHW", "float32"), ("NHWC", "float16")])
 def test_epilogues(layout, dtype, bias, residual, activation):
     problem = RAGGED.replace(layout=layout, dtype=dtype)
     kernel = im2win_tvm.compile(

@@ -95,7 +95,7 @@ class CudaOperands:
 
     def check(self, output: Any) -> Outcome:
         """`output` against the reference: a tensor of problem.output_shape on the device."""
-        torch, problem = self._torch, self.problem
+        problem = self.problem
         if tuple(output.shape) != problem.output_shape or output.dtype != self.x.dtype:
             message = f"output is {output.dtype} of shape {tuple(output.shape)}"
             return Outcome(False, inf, inf, message)

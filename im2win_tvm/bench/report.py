@@ -105,10 +105,9 @@ def markdown(record: dict[str, Any]) -> str:
         row += [_ratio_cell(layer, family) for family in rivals]
         row.append(_workspace_cell(ours))
         rows.append(row)
-    means = [units.geomean(_speedups(record, family)) for family in rivals]
-    rows.append(
-        ["geomean", "", "", *[""] * len(rivals), *("-" if m is None else f"**{units.ratio(m)}**" for m in means), ""]
-    )
+    means = (units.geomean(_speedups(record, family)) for family in rivals)
+    bold = [f"**{units.ratio(mean)}**" if mean is not None else "-" for mean in means]
+    rows.append(["geomean", "", "", *[""] * len(rivals), *bold, ""])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -120,7 +119,8 @@ def device_line(record: dict[str, Any]) -> str:
         smi = where["cuda"]["nvidia_smi"] or {}
         device = f"{where['cuda']['gpu']}, driver {smi.get('driver_version', 'unknown')}"
     else:
-        device = f"{where['cpu']['model']} ({where['cpu']['llvm']}), {where['cpu']['threads']} threads"
+        cpu = where["cpu"]
+        device = f"{cpu['model']} ({cpu['llvm']}), {cpu['threads']} threads"
     stack = f"Python {versions['python']}, TVM {versions['apache-tvm']}"
     if versions["torch"]:
         stack += f", PyTorch {versions['torch']}"

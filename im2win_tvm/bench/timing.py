@@ -71,7 +71,7 @@ class Clock(Protocol):
 class CpuClock:
     """Wall time of calls with warm caches."""
 
-    pause = 0.002
+    pause = 0.01
     timed = 5
     # A turn ends after this long, and a call that takes longer needs no untimed one before it:
     # next to it, refilling caches does not show.

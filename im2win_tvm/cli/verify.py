@@ -202,11 +202,11 @@ class _Wanted:
         if self.emulate and problem.flops > EMULATED_FLOPS:
             return (
                 f"{problem.flops / 1e9:.1f} GFLOP: emulation takes up to "
-                f"{EMULATED_FLOPS / 1e9:g}; a smaller batch with --mb may fit"
+                f"{EMULATED_FLOPS / 1e9:g}; see --mb"
             )
         needed, free = verification.bytes_needed(problem), verification.free_bytes()
         if free is not None and needed > free:
-            return f"needs {size(needed)} of memory, {size(free)} are free; --mb takes a smaller batch"
+            return f"needs {size(needed)} of memory, {size(free)} are free; see --mb"
         return None
 
 
