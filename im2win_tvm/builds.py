@@ -41,19 +41,18 @@ def default_jobs(target: Target) -> int:
     return 1
 
 
-def build_all(
-    requests: Iterable[Request], jobs: int = 1
-) -> Iterator[Kernel | ScheduleError | ToolchainError]:
-    """The kernels in the order of the requests, or the error of the one that has none.
+def build_all(requests: Iterable[Request], jobs: int = 1) -> Iterator[Kernel | Exception]:
+    """The kernels in the order of the requests; for one that cannot be built, its error.
 
     With more than one job at most twice as many kernels as jobs are built ahead.
     """
     if jobs == 1:
         for request in requests:
             try:
-                yield _build(request)
-            except (ScheduleError, ToolchainError) as error:
-                yield error
+                kernel: Kernel | Exception = _build(request)
+            except Exception as error:  # whatever TVM raises concerns this kernel alone
+                kernel = error
+            yield kernel
         return
     # Not forked: a CUDA context does not survive that.
     context = multiprocessing.get_context("spawn")
@@ -88,16 +87,21 @@ def _library(folder: tempfile.TemporaryDirectory) -> Path:
     return Path(folder.name) / "kernel.so"
 
 
-def _build_to(request: Request, path: Path) -> None:
-    _build(request).export(path)
-
-
-def _built(
-    future: Future, folder: tempfile.TemporaryDirectory
-) -> Kernel | ScheduleError | ToolchainError:
+def _build_to(request: Request, path: Path) -> Exception | None:
+    """In the other process: write the kernel, or return why there is none."""
     try:
-        future.result()
+        _build(request).export(path)
     except (ScheduleError, ToolchainError) as error:
+        return error
+    except Exception as error:
+        # TVM's exceptions do not all survive the way between processes.
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return None
+
+
+def _built(future: Future, folder: tempfile.TemporaryDirectory) -> Kernel | Exception:
+    error = future.result()
+    if error is not None:
         return error
     path = _library(folder)
     return Kernel(path, artifact.read_metadata(path), owner=folder)

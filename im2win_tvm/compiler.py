@@ -67,7 +67,7 @@ def build(
         unit.write_text(cuda_source(module, target))
         toolchain.build_cuda_library(library, unit, target.arch, sources)
     artifact.seal(library)
-    return Kernel(library, metadata, owner=folder)
+    return Kernel(library, artifact.read_metadata(library), owner=folder)
 
 
 def describe(

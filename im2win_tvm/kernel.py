@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,10 +50,20 @@ class Kernel:
         return f"Kernel({self.problem}, {m['schedule']['name']}, {m['target']})"
 
     @cached_property
-    def _module(self):
+    def _loaded(self) -> tuple[Any, ctypes.CDLL]:
+        """The library as a module of functions, and as the C library that it also is."""
         import tvm_ffi
 
-        return tvm_ffi.load_module(os.fspath(self._path.resolve()))
+        # Under a name of its own: the dynamic loader takes a name that it has seen for the library
+        # that it has, and would go on with the old one after an export over the same path.
+        with tempfile.TemporaryDirectory(prefix="im2win-") as folder:
+            name = os.path.join(folder, "kernel.so")
+            os.symlink(self._path.resolve(), name)
+            return tvm_ffi.load_module(name), ctypes.CDLL(name)
+
+    @property
+    def _module(self):
+        return self._loaded[0]
 
     @cached_property
     def _steps(self) -> list[tuple[Any, list[str]]]:
@@ -69,7 +80,7 @@ class Kernel:
     def _origin(self) -> tuple:
         """What two kernels must share for one's prepared weights to fit the other.
 
-        The packed shape tells the blocking, the problem the order of K.
+        The packed shape tells the blocking and the axes of K, the layout their order.
         """
         return (
             self._expected["packed"],
@@ -91,7 +102,7 @@ class Kernel:
         )
         scratch = self.metadata["scratch_bytes_per_thread"]
         if scratch:
-            scratch *= ctypes.CDLL(os.fspath(self._path.resolve())).im2win_threads()
+            scratch *= self._loaded[1].im2win_threads()
         return allocated + scratch
 
     def prepare(self, w: Any) -> PreparedWeights:

@@ -192,7 +192,9 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
     blocks = -(-per_group // c.block)
 
     args = arguments(problem, epilogue)
-    packed = te.placeholder((problem.groups, blocks, problem.k, c.block), "float32", name="packed")
+    packed = te.placeholder(
+        (problem.groups, blocks, 1, problem.k, c.block), "float32", name="packed"
+    )
     # I' in float32 whatever the input: fp16 is widened once an element and not once a use.
     iw = transform(args.x, problem, rows=rows, outputs=columns, dtype="float32")
     acc = convolution_blocked(iw, packed, problem, rows, columns)

@@ -18,21 +18,25 @@ What the hardware asks for (sm_70 and later):
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm import s_tir, te
 from tvm.ir import IRModule
 
+from ..epilogue import Epilogue
 from ..expr import (
     Place,
     arguments,
     convolution_gemm,
     gemm_sizes,
+    k_axes,
     pack_filter,
     tiled_function,
     transform,
     window,
+    window_by_offset,
     window_columns,
+    window_offsets,
 )
 from ..problem import ConvProblem
 from ..target import CudaTarget
@@ -53,6 +57,10 @@ class Config:
     shared memory (otherwise threads read global memory). double_buffer: two stages of it, one
     filled while the other is multiplied. prefetch: a tile goes through registers, loaded before
     the current one is multiplied and stored to shared memory after. vector: words in one load.
+    taps: a tile of K is `block_k` channels of one tap, so that its addresses differ by constants;
+    otherwise it is `block_k` neighbours in window order, each with its own division by Hf * Wf.
+    table: these divisions are done once a block, into a table in shared memory (only where the
+    windows need no padding: in I', or in an input without any).
     """
 
     block_m: int
@@ -64,6 +72,8 @@ class Config:
     double_buffer: bool = True
     prefetch: bool = True
     vector: int = 4
+    taps: bool = False
+    table: bool = False
 
     @property
     def threads(self) -> int:
@@ -83,7 +93,7 @@ class CudaSimt(Schedule):
             value = getattr(c, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 return f"{field}={value!r}: allowed are whole numbers from 1"
-        for field in ("shared", "double_buffer", "prefetch"):
+        for field in ("shared", "double_buffer", "prefetch", "taps", "table"):
             if not isinstance(getattr(c, field), bool):
                 return f"{field}={getattr(c, field)!r}: allowed are True and False"
         if c.vector not in (1, 2, 4):
@@ -101,50 +111,71 @@ class CudaSimt(Schedule):
             )
         if c.thread_m * c.thread_p > 128:
             return f"thread_m={c.thread_m}, thread_p={c.thread_p}: more than 128 accumulators"
-        if (c.double_buffer or c.prefetch) and not c.shared:
-            return "shared=False: double_buffer and prefetch need shared=True"
-        if c.shared:
-            stages = 2 if c.double_buffer else 1
-            taken = stages * c.block_k * (c.block_m + c.block_p + PADDING) * problem.itemsize
-            if taken > target.shared_bytes:
-                return f"block_k={c.block_k}: {taken} bytes of shared memory, {target.shared_bytes} allowed"
+        if (c.double_buffer or c.prefetch or c.table) and not c.shared:
+            return "shared=False: double_buffer, prefetch and table need shared=True"
+        if c.table and not self._table_works(problem):
+            return f"table=True: padding={problem.padding} is read in the kernel, windows differ"
+        taken = self._shared_bytes(c, problem)
+        if taken > target.shared_bytes:
+            return f"block_k={c.block_k}: {taken} bytes of shared memory; up to {target.shared_bytes}"
         sizes = gemm_sizes(problem)
         if sizes.groups > MAX_GRID_YZ or -(-sizes.m // c.block_m) > MAX_GRID_YZ:
             return f"block_m={c.block_m}: more than {MAX_GRID_YZ} blocks along y or z"
-        if max(sizes.k + c.block_k, 1) * (sizes.p + c.block_p) >= 2**63:
-            return f"block_p={c.block_p}: the product of K and P does not fit 64 bits"
         return None
 
+    def _table_works(self, problem: ConvProblem) -> bool:
+        return self.explicit or not any(map(any, problem.padding))
+
+    def _shared_bytes(self, c: Config, problem: ConvProblem) -> int:
+        axes = k_axes(problem, c.block_k, c.taps)
+        table = 4 * axes.outer * axes.inner if c.table else 0
+        stages = 2 if c.double_buffer else 1
+        tile = c.block_k * (c.block_m + c.block_p + PADDING) * problem.itemsize
+        return table + (stages * tile if c.shared else 0)
+
     def configs(self, problem: ConvProblem, target: CudaTarget):
-        for m, p, k, tm, tp, double, prefetch in itertools.product(
-            (8, 16, 32, 64, 128), (32, 64, 128, 256), (4, 8, 16, 32), (1, 2, 4, 8), (2, 4, 8),
-            (True, False), (True, False),
+        for m, p, k, tm, tp, double, prefetch, taps, table in itertools.product(
+            (8, 16, 32, 64, 96, 128), (32, 64, 128, 256), (4, 8, 16, 32), (1, 2, 4, 8), (2, 4, 8),
+            (True, False), (True, False), (True, False), (True, False),
         ):  # fmt: skip
-            config = Config(m, p, k, tm, tp, double_buffer=double, prefetch=prefetch)
+            config = Config(
+                m, p, k, tm, tp, double_buffer=double, prefetch=prefetch, taps=taps, table=table
+            )
             if self.check(config, problem, target) is None:
                 yield config
 
     def default(self, problem: ConvProblem, target: CudaTarget) -> Config:
         sizes = gemm_sizes(problem)
-        # The tile is as tall as the channels are many, so that few groups' channels (depthwise:
-        # one) do not leave most of a tile empty; the pixels take the threads that are left.
-        block_m = min(128, max(1, 1 << (sizes.m - 1).bit_length()))
-        if block_m > 64 and sizes.m % 128 in range(1, 65):
-            block_m = 64  # 96 channels fill 64 + 32 of two tiles better than 96 of 128
+        # As tall as the channels allow: the height with the least work on padding, where a lower
+        # tile counts more because it reads each window element for fewer channels.
+        heights = [h for h in (128, 96, 64, 32, 16, 8, 4, 2) if h < 2 * sizes.m] or [1]
+        block_m = min(heights, key=lambda h: -(-sizes.m // h) * h * (1 + 8 / h))
         thread_m = min(8, block_m)
+        # 8 x 8 outputs a thread and 64 to 192 threads a block, so that several blocks share a
+        # multiprocessor and cover each other's barriers (measured on an H100, docs/results).
         thread_p = 8 if block_m >= 16 else 4
-        block_p = 128
-        while (block_m // thread_m) * (block_p // thread_p) < 64:
+        block_p = 64 if block_m == 128 or (problem.channels_last and block_m == 64) else 128
+        block_k = 16 if block_m == 128 or not problem.channels_last else 8
+        rows = block_m // thread_m
+        while rows * (block_p // thread_p) < 64:
             block_p *= 2
-        # A block a multiprocessor at least (H100: 132), before blocks grow.
-        while (
-            block_p > 64
-            and -(-sizes.m // block_m) * sizes.groups * -(-sizes.p // block_p) < 132
-            and (block_m // thread_m) * (block_p // thread_p) >= 128
-        ):
-            block_p //= 2
-        block_k = 8 if sizes.k > 4 else 4
-        return Config(block_m, block_p, block_k, thread_m, thread_p)
+        # A small output is spread over the multiprocessors (H100: 132) before threads grow fat.
+        blocks = -(-sizes.m // block_m) * sizes.groups
+        while blocks * -(-sizes.p // block_p) < 132 and rows * (block_p // thread_p) > 32:
+            if block_p > 32:
+                block_p //= 2
+            elif thread_p > 2:
+                thread_p //= 2
+            else:
+                break
+            if rows * (block_p // thread_p) < 32:
+                thread_p //= 2
+        taps = problem.in_channels // problem.groups % block_k == 0
+        config = Config(block_m, block_p, block_k, thread_m, thread_p, taps=taps)
+        looked_up = replace(config, table=True)
+        if not taps and self.check(looked_up, problem, target) is None:
+            return looked_up
+        return config
 
     def supports(self, problem, target):
         reason = super().supports(problem, target)
@@ -180,7 +211,8 @@ def prepare(problem: ConvProblem, config: Config):
     """The filter in window order, channels innermost. Runs once."""
     w = te.placeholder(problem.weight_shape, problem.dtype, name="w")
     # All channels of a group side by side: one block, of M rounded up to whole tiles.
-    packed = pack_filter(w, problem, _rounded_m(problem, config), config.block_k)
+    axes = k_axes(problem, config.block_k, config.taps)
+    packed = pack_filter(w, problem, _rounded_m(problem, config), axes)
     return _elementwise([w, packed], "packed")
 
 
@@ -199,22 +231,29 @@ def _elementwise(tensors, block: str):
     return sch.mod["main"]
 
 
-def convolve(problem: ConvProblem, config: Config, epilogue, explicit: bool):
+def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, explicit: bool):
     """x (or I'), packed filter (and bias, residual) -> y."""
     c = config
     sizes = gemm_sizes(problem)
     # M, P and K are rounded up to whole tiles: windows are zero there, and only y is checked.
-    k_padded = -(-sizes.k // c.block_k) * c.block_k
+    axes = k_axes(problem, c.block_k, c.taps)
     p_padded = -(-sizes.p // c.block_p) * c.block_p
     height, width = problem.output_size
 
     args = arguments(problem, epilogue)
     m_padded = _rounded_m(problem, c)
-    packed = te.placeholder((problem.groups, 1, k_padded, m_padded), problem.dtype, name="packed")
+    packed = te.placeholder(
+        (problem.groups, 1, axes.outer, axes.inner, m_padded), problem.dtype, name="packed"
+    )
     iw = transform(args.x, problem)
     if explicit:
         iw = te.placeholder(iw.shape, problem.dtype, name="im2win")
-    windows = window(iw, problem, k_padded, p_padded)
+    source = iw if explicit else args.x
+    if c.table:
+        offsets = window_offsets(problem, axes, explicit)
+        windows = window_by_offset(source, offsets, problem, axes, p_padded, explicit)
+    else:
+        windows = window(iw, problem, axes, p_padded)
     acc = convolution_gemm(windows, packed)
 
     def place(g, m, p):
@@ -226,11 +265,10 @@ def convolve(problem: ConvProblem, config: Config, epilogue, explicit: bool):
         n, row, column = p // (height * width), p // width % height, p % width
         return Place(n, g * sizes.m + m, row, column, inside)
 
-    source = iw if explicit else args.x
     function = tiled_function([source, packed], acc, place, problem, args, epilogue)
     sch = s_tir.Schedule(function)
     y, conv, windows = (sch.get_sblock(name) for name in ("y", "conv", "window"))
-    if not explicit:
+    if not explicit and not c.table:
         sch.compute_inline(sch.get_sblock("im2win"))
 
     # 1. Block tile: every axis of the product, cut into blocks.
@@ -257,9 +295,10 @@ def convolve(problem: ConvProblem, config: Config, epilogue, explicit: bool):
     # 3. Accumulators in registers; K in tiles, and steps of one K inside a tile.
     sch.compute_at(conv, thread, preserve_unit_loops=True)
     sch.set_scope(conv, 0, "local")
-    *_, gi, mi, pi, k = sch.get_loops(conv)
-    kt, ki = sch.split(k, [k_padded // c.block_k, c.block_k])
-    sch.reorder(kt, ki, gi, mi, pi)
+    *_, gi, mi, pi, outer, inner = sch.get_loops(conv)
+    inner, ki = sch.split(inner, [axes.inner // c.block_k, c.block_k])
+    sch.reorder(outer, inner, ki, gi, mi, pi)
+    kt = sch.fuse(outer, inner)
 
     # 4. Shared memory: tiles of filter and windows, loaded by all threads together. The window
     #    tile is where the im2win transform happens.
@@ -272,6 +311,13 @@ def convolve(problem: ConvProblem, config: Config, epilogue, explicit: bool):
         _load_window_tile(sch, windows, c, problem)
     else:
         sch.compute_inline(windows)
+    if c.table:
+        table = sch.get_sblock("offsets")
+        sch.set_scope(table, 0, "shared")
+        sch.compute_at(table, thread, preserve_unit_loops=True)
+        loop = sch.fuse(*sch.get_loops(table)[-2:])
+        _, threads = sch.split(loop, [None, c.threads])
+        sch.bind(threads, "threadIdx.x")
 
     # 5. Fragments: a thread's channels and pixels of one K step, in vector loads.
     if c.shared:

@@ -4,6 +4,7 @@ import pytest
 
 MARKERS = {
     "slow": "more of the same, for nightly runs: --slow runs it",
+    "nvcc": "compiles with nvcc; skipped where there is none",
     "gpu": "runs kernels on a CUDA device through PyTorch",
 }
 

@@ -150,23 +150,42 @@ def test_filter_window(problem):
     np.testing.assert_array_equal(actual, filtered(values, problem))
 
 
+def position(problem, taps, c, v, u):
+    """Where tap (v, u) of channel c stands on the two axes of K."""
+    (hf, wf), channels = problem.kernel_size, problem.in_channels // problem.groups
+    if taps:
+        return v * hf + u, c
+    return 0, (v * hf + u) * channels + c if problem.channels_last else (c * wf + v) * hf + u
+
+
+def every_tap(problem):
+    return product(*map(range, (problem.in_channels // problem.groups, *problem.kernel_size[::-1])))
+
+
+@pytest.mark.parametrize(
+    ("multiple", "taps", "expected"), [(1, False, (1, 60)), (8, False, (1, 64)), (8, True, (15, 8))]
+)
+def test_k_axes(multiple, taps, expected):
+    problem = ConvProblem(1, 8, (9, 9), 2, (5, 3), groups=2)  # K = 4 * 5 * 3
+    assert expr.k_axes(problem, multiple, taps) == (*expected, taps)
+
+
 @every_problem
-@pytest.mark.parametrize(("block", "k_multiple"), [(1, 1), (2, 7), (8, 16)])
-def test_pack_filter(problem, block, k_multiple):
+@pytest.mark.parametrize("taps", [False, True])
+@pytest.mark.parametrize(("block", "multiple"), [(1, 1), (2, 7), (8, 16)])
+def test_pack_filter(problem, block, multiple, taps):
     w = te.placeholder(problem.weight_shape, "float16")
     values = random(problem.weight_shape, "float16")
-    packed = expr.pack_filter(
-        w, problem.replace(dtype="float16"), block, k_multiple, dtype="float32"
-    )
-    actual = evaluate([w], packed, [values])
+    axes = expr.k_axes(problem, multiple, taps)
+    half = problem.replace(dtype="float16")
+    actual = evaluate([w], expr.pack_filter(w, half, block, axes, dtype="float32"), [values])
     per_group = problem.out_channels // problem.groups
     blocks = -(-per_group // block)
-    k_padded = -(-problem.k // k_multiple) * k_multiple
-    expected = np.zeros((problem.groups, blocks, k_padded, block), np.float32)
-    plain = filtered(values, problem)
-    for o, k in product(range(problem.out_channels), range(problem.k)):
+    expected = np.zeros((problem.groups, blocks, axes.outer, axes.inner, block), np.float32)
+    for o, (c, v, u) in product(range(problem.out_channels), every_tap(problem)):
         g, within = divmod(o, per_group)
-        expected[g, within // block, k, within % block] = plain[o, k]
+        outer, inner = position(problem, taps, c, v, u)
+        expected[g, within // block, outer, inner, within % block] = values[o, c, u, v]
     np.testing.assert_array_equal(actual, expected)
 
 
@@ -194,7 +213,7 @@ def test_convolution_blocked(problem):
     iw, windows = window_tensors(problem, rows=rows, outputs=outputs)
     per_group = problem.out_channels // problem.groups
     blocks = -(-per_group // block)
-    packed = te.placeholder((problem.groups, blocks, problem.k, block), "float32")
+    packed = te.placeholder((problem.groups, blocks, 1, problem.k, block), "float32")
     weights = random(packed.shape, seed=2)
     actual = evaluate(
         [iw, packed],
@@ -204,7 +223,7 @@ def test_convolution_blocked(problem):
     assert actual.shape == (problem.batch, problem.groups, blocks, rows, outputs, block)
     # Every block is a filter of its own: [G * blocks * block, K], with that many outputs a group.
     wide = problem.replace(out_channels=problem.groups * blocks * block)
-    plain = weights.transpose(0, 1, 3, 2).reshape(wide.out_channels, problem.k)
+    plain = weights[:, :, 0].transpose(0, 1, 3, 2).reshape(wide.out_channels, problem.k)
     real = windows[:, :height] if problem.channels_last else windows[:, :, :height]
     expected = convolved(real, plain, wide)
     seen = actual[:, :, :, :height, :width].transpose(0, 1, 2, 5, 3, 4).reshape(expected.shape)
@@ -212,8 +231,9 @@ def test_convolution_blocked(problem):
 
 
 @every_problem
+@pytest.mark.parametrize("taps", [False, True])
 @pytest.mark.parametrize("ragged", [False, True])
-def test_window(problem, ragged):
+def test_window(problem, ragged, taps):
     """The windows of I' as columns; K and P are rounded up with zeros."""
     iw, values = window_tensors(problem)
     sizes = expr.gemm_sizes(problem)
@@ -224,30 +244,29 @@ def test_window(problem, ragged):
         problem.k,
         problem.batch * height * width,
     )
-    k_padded, p_padded = sizes.k + 5 * ragged, sizes.p + 3 * ragged
-    actual = evaluate([iw], expr.window(iw, problem, k_padded, p_padded), [values])
-    (hf, wf), (_, sw), (_, dw) = problem.kernel_size, problem.stride, problem.dilation
+    axes, p_padded = expr.k_axes(problem, 5 if ragged else 1, taps), sizes.p + 3 * ragged
+    actual = evaluate([iw], expr.window(iw, problem, axes, p_padded), [values])
+    (hf, _), (_, sw), (_, dw) = problem.kernel_size, problem.stride, problem.dilation
     channels = problem.in_channels // problem.groups
-    expected = np.zeros((problem.groups, k_padded, p_padded), np.float32)
-    for g, c, v, u in product(*map(range, (problem.groups, channels, wf, hf))):
-        k = (v * hf + u) * channels + c if problem.channels_last else (c * wf + v) * hf + u
+    expected = np.zeros((problem.groups, axes.outer, axes.inner, p_padded), np.float32)
+    for g, (c, v, u) in product(range(problem.groups), every_tap(problem)):
         for q in range(width):
-            position = (q * sw + v * dw) * hf + u
+            run = (q * sw + v * dw) * hf + u
             at = g * channels + c
-            seen = values[:, :, position, at] if problem.channels_last else values[:, at, :, position]
-            expected[g, k, q : sizes.p : width] = seen.reshape(-1)
+            seen = values[:, :, run, at] if problem.channels_last else values[:, at, :, run]
+            expected[g, *position(problem, taps, c, v, u), q : sizes.p : width] = seen.reshape(-1)
     np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_convolution_gemm(dtype):
-    windows = te.placeholder((3, 11, 7), dtype)
-    packed = te.placeholder((3, 2, 11, 5), dtype)
+    windows = te.placeholder((3, 2, 11, 7), dtype)
+    packed = te.placeholder((3, 1, 2, 11, 5), dtype)
     arrays = [random(windows.shape, dtype), random(packed.shape, dtype, seed=1)]
     actual = evaluate([windows, packed], expr.convolution_gemm(windows, packed), arrays)
-    assert actual.shape == (3, 10, 7) and actual.dtype == np.float32
+    assert actual.shape == (3, 5, 7) and actual.dtype == np.float32
     left, right = (array.astype(np.float64) for array in arrays)
-    expected = np.einsum("gkp,gbki->gbip", left, right).reshape(3, 10, 7)
+    expected = np.einsum("gabp,gxabi->gip", left, right)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
 
 
@@ -260,9 +279,7 @@ def test_output(layout, dtype, bias, residual, activation):
     epilogue = Epilogue(bias, residual, activation)
     sums = te.placeholder((2, 6, 4, 3), "float32")
     args = expr.arguments(problem, epilogue)
-    y = expr.output(
-        lambda *at: sums[at], problem, epilogue, bias=args.bias, residual=args.residual
-    )
+    y = expr.output(sums, problem, epilogue, bias=args.bias, residual=args.residual)
     values = random(sums.shape)
     # Without bias and residual 1e5 rounds to infinity in float16, and a NaN is left as it is.
     values[0, 0, 0] = np.nan, 1e5, -1e5

@@ -16,7 +16,7 @@ import numpy as np
 from .. import reference, tensors
 from ..problem import ConvProblem
 
-__all__ = ["CudaOperands", "HostOperands", "Outcome", "ReferenceError", "operands_for"]
+__all__ = ["HostOperands", "Outcome", "ReferenceError", "TorchOperands", "operands_for"]
 
 # Float64 elements of a reference computed, or compared, at once.
 _CHUNK = 1 << 25
@@ -65,19 +65,21 @@ class HostOperands:
         return Outcome(result.ok, result.max_error, relative, result.message)
 
 
-class CudaOperands:
-    """PyTorch tensors on the current CUDA device, in the problem's layout."""
+class TorchOperands:
+    """PyTorch tensors on a device, in the problem's layout."""
 
-    def __init__(self, problem: ConvProblem, seed: int = 0) -> None:
+    def __init__(self, problem: ConvProblem, seed: int = 0, device: str = "cuda") -> None:
         import torch
 
         self.problem = problem
         self._torch = torch
-        generator = torch.Generator("cuda").manual_seed(seed)
+        self._device = device
+        torch.cuda.empty_cache()  # of the problem before, so that large ones find room
+        generator = torch.Generator(device).manual_seed(seed)
         dtype = getattr(torch, problem.dtype)
 
         def normal(shape: tuple[int, ...], scale: float) -> Any:
-            made = torch.randn(shape, generator=generator, device="cuda", dtype=torch.float32)
+            made = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
             return made.mul_(scale).to(dtype)
 
         # Weights of variance 1/K: outputs are of unit scale, as in tensors.fill.
@@ -90,7 +92,7 @@ class CudaOperands:
         """An output of NaN."""
         torch, problem = self._torch, self.problem
         return torch.full(
-            problem.output_shape, torch.nan, dtype=getattr(torch, problem.dtype), device="cuda"
+            problem.output_shape, torch.nan, dtype=self.x.dtype, device=self._device
         )
 
     def check(self, output: Any) -> Outcome:
@@ -105,7 +107,7 @@ class CudaOperands:
         error_squares = expected_squares = 0.0
         for images in self._images():
             expected = self._expected[images]
-            error = (output[images].double() - expected).abs_().nan_to_num_(nan=inf)
+            error = (output[images].double() - expected).abs_().nan_to_num_(nan=inf, posinf=inf)
             wrong += int((error > limits.floor + limits.share * expected.abs()).sum())
             worst = max(worst, float(error.max()))
             zeros += int((output[images] == 0).sum())
@@ -134,7 +136,7 @@ class CudaOperands:
         from torch.nn import functional
 
         torch, problem = self._torch, self.problem
-        expected = torch.empty(problem.output_shape, dtype=torch.float64, device="cuda")
+        expected = torch.empty(problem.output_shape, dtype=torch.float64, device=self._device)
         pads = [entry for pair in reversed(problem.padding) for entry in pair]
         for images in self._images():
             x = self.x[images].double()
@@ -161,9 +163,9 @@ class CudaOperands:
             )
 
 
-Operands = HostOperands | CudaOperands
+Operands = HostOperands | TorchOperands
 
 
 def operands_for(problem: ConvProblem, kind: str, seed: int = 0) -> Operands:
     """Tensors and reference for a problem where a target of this kind runs."""
-    return CudaOperands(problem, seed) if kind == "cuda" else HostOperands(problem, seed)
+    return TorchOperands(problem, seed) if kind == "cuda" else HostOperands(problem, seed)

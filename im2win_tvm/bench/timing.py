@@ -4,8 +4,8 @@ Competitors take turns instead of running one after the other, so that a clock t
 neighbour that wakes up hits all of them. What a turn is depends on the device:
 
 * CPU: a pause, an untimed call, then a few timed ones, caches warm. The pause is there because
-  threads of the competitor before go on spinning for a millisecond or so; the untimed call brings
-  the own data and threads back. Wall time.
+  OpenMP threads of the competitor before go on spinning for some milliseconds; the untimed call
+  brings the own data and threads back. Wall time.
 * CUDA: the L2 cache is flushed and one call timed ("cold"), then another without a flush ("hot").
   Time between two events around the call, on the device. A short idle kernel in front lets the
   host enqueue the whole call first, so that its launch overhead is not measured as device time.
@@ -108,8 +108,8 @@ class CudaClock:
 
     # Larger than any L2 in use (H100: 50 MiB), and evicted by its own writes.
     flush_bytes = 256 << 20
-    # Some 0.15 ms at 1.5 to 2 GHz: longer than the host takes to enqueue a call.
-    idle_cycles = 250_000
+    # A quarter of a millisecond at 2 GHz: longer than the host takes to enqueue a call.
+    idle_cycles = 500_000
 
     def __init__(self) -> None:
         import torch

@@ -223,7 +223,8 @@ def _run(
         for planned in plan
         if planned.skip is None
     )
-    kernels = iter(()) if wanted.emulate else build_all(requests, jobs)
+    count = sum(planned.skip is None for planned in plan)
+    kernels = iter(()) if wanted.emulate else build_all(requests, max(1, min(jobs, count)))
     for planned in plan:
         problem = planned.problem
         run: verification.Run | Exception | None = None

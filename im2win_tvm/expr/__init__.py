@@ -7,15 +7,24 @@
 Formulas: "Im2win: An Efficient Convolution Paradigm on GPU" (arXiv 2306.14316), section 3.
 """
 
-from .convolution import convolution, convolution_blocked, convolution_gemm, gemm_sizes, window
+from .convolution import (
+    convolution,
+    convolution_blocked,
+    convolution_gemm,
+    gemm_sizes,
+    window,
+    window_by_offset,
+    window_offsets,
+)
 from .epilogue import output
-from .filter import filter_window, pack_filter
+from .filter import KAxes, filter_window, k_axes, pack_filter
 from .graph import Arguments, arguments, graph
 from .store import Place, tiled_function
 from .transform import transform, window_columns
 
 __all__ = [
     "Arguments",
+    "KAxes",
     "Place",
     "arguments",
     "convolution",
@@ -25,9 +34,12 @@ __all__ = [
     "gemm_sizes",
     "graph",
     "output",
+    "k_axes",
     "pack_filter",
     "tiled_function",
     "transform",
     "window",
+    "window_by_offset",
     "window_columns",
+    "window_offsets",
 ]

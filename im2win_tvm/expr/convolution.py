@@ -9,7 +9,8 @@ from typing import NamedTuple
 from tvm import te, tirx
 
 from ..problem import ConvProblem
-from .filter import window_position
+from .filter import KAxes, window_position
+from .transform import window_columns
 
 
 def _strip_index(problem: ConvProblem, q, v, u):
@@ -52,12 +53,12 @@ def convolution_blocked(
 ) -> te.Tensor:
     """``[N, G, blocks, rows, outputs, block]``: one vector of channels for every output pixel.
 
-    `packed` is `pack_filter`'s. Where columns are not dilated, a window (of one channel in NCHW)
+    `packed` is `pack_filter`'s in window order. Where columns are not dilated, a window (of one channel in NCHW)
     is one contiguous run of I', and its reduction is one axis over that run.
     """
     hf, wf = problem.kernel_size
     channels = problem.in_channels // problem.groups
-    groups, blocks, _, block = (int(extent) for extent in packed.shape)
+    groups, blocks, _, _, block = (int(extent) for extent in packed.shape)
     c = te.reduce_axis((0, channels), "c")
     if problem.dilation[1] == 1:
         run = te.reduce_axis((0, hf * wf), "run")
@@ -76,7 +77,7 @@ def convolution_blocked(
         channel = g * channels + c
         value = iw[n, m, position, channel] if problem.channels_last else iw[n, channel, m, position]
         return te.sum(
-            value.astype("float32") * packed[g, b, k, i].astype("float32"), axis=axes
+            value.astype("float32") * packed[g, b, 0, k, i].astype("float32"), axis=axes
         )
 
     return te.compute((problem.batch, groups, blocks, rows, outputs, block), element, name="conv")
@@ -102,8 +103,8 @@ def gemm_sizes(problem: ConvProblem) -> GemmSizes:
     )
 
 
-def window(iw: te.Tensor, problem: ConvProblem, k_padded: int, p_padded: int) -> te.Tensor:
-    """The windows of I' side by side, ``[G, k_padded, p_padded]``; zero outside K and P.
+def window(iw: te.Tensor, problem: ConvProblem, axes: KAxes, p_padded: int) -> te.Tensor:
+    """The windows of I' side by side, ``[G, *axes, p_padded]``; zero outside the window and P.
 
     A schedule stages tiles of it in shared memory and never stores the whole.
     """
@@ -111,33 +112,86 @@ def window(iw: te.Tensor, problem: ConvProblem, k_padded: int, p_padded: int) ->
     height, width = problem.output_size
     channels = problem.in_channels // problem.groups
 
-    def element(g, k, p):
-        c, v, u = window_position(problem, k)
+    def element(g, outer, inner, p):
+        c, v, u, inside = window_position(problem, axes, outer, inner)
         n, m, q = p // (height * width), p // width % height, p % width
         value = _strip_read(iw, problem, n, g * channels + c, m, q, v, u)
-        inside = []
-        if k_padded > sizes.k:
-            inside.append(k < sizes.k)
         if p_padded > sizes.p:
-            inside.append(p < sizes.p)
+            inside = [*inside, p < sizes.p]
         if not inside:
             return value
         return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, iw.dtype))
 
-    return te.compute((sizes.groups, k_padded, p_padded), element, name="window")
+    shape = (sizes.groups, axes.outer, axes.inner, p_padded)
+    return te.compute(shape, element, name="window")
+
+
+def window_offsets(problem: ConvProblem, axes: KAxes, explicit: bool) -> te.Tensor:
+    """Distance in elements of each position of a window from its first one, ``[*axes]`` int32.
+
+    In I' if `explicit`, otherwise in the input itself; zero where the axes hold nothing. The same
+    for every window, so that a kernel can look it up instead of dividing.
+    """
+    (hf, _), (dh, dw) = problem.kernel_size, problem.dilation
+    channels, (height, width) = problem.in_channels, problem.input_size
+
+    def element(outer, inner):
+        c, v, u, inside = window_position(problem, axes, outer, inner)
+        if explicit:
+            row, plane = v * dw * hf + u, problem.output_size[0] * window_columns(problem) * hf
+        else:
+            row, plane = u * dh * width + v * dw, height * width
+        distance = row * channels + c if problem.channels_last else c * plane + row
+        return tirx.if_then_else(tirx.all(*inside), distance, 0) if inside else distance
+
+    return te.compute((axes.outer, axes.inner), element, name="offsets")
+
+
+def window_by_offset(
+    source: te.Tensor,
+    offsets: te.Tensor,
+    problem: ConvProblem,
+    axes: KAxes,
+    p_padded: int,
+    explicit: bool,
+) -> te.Tensor:
+    """`window`, from I' (`explicit`) or from an input without padding, through `window_offsets`.
+
+    The distance is added to the innermost index: an element beyond the end of an axis is the one
+    that memory holds there.
+    """
+    sizes = gemm_sizes(problem)
+    height, width = problem.output_size
+    channels = problem.in_channels // problem.groups
+    sh, sw = (1, problem.stride[1] * problem.kernel_size[0]) if explicit else problem.stride
+
+    def element(g, outer, inner, p):
+        n, m, q = p // (height * width), p // width % height, p % width
+        step = offsets[outer, inner]
+        if problem.channels_last:
+            value = source[n, m * sh, q * sw, g * channels + step]
+        else:
+            value = source[n, g * channels, m * sh, q * sw + step]
+        inside = [inner * axes.outer < problem.k] if axes.inner * axes.outer > problem.k else []
+        if p_padded > sizes.p:
+            inside.append(p < sizes.p)
+        if not inside:
+            return value
+        return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, source.dtype))
+
+    shape = (sizes.groups, axes.outer, axes.inner, p_padded)
+    return te.compute(shape, element, name="window")
 
 
 def convolution_gemm(windows: te.Tensor, packed: te.Tensor) -> te.Tensor:
-    """``[G, blocks * block, p_padded]`` from `window`'s and `pack_filter`'s, float32."""
-    groups, blocks, k_padded, block = (int(extent) for extent in packed.shape)
-    p_padded = int(windows.shape[2])
-    k = te.reduce_axis((0, k_padded), "k")
+    """``[G, M, p_padded]`` from `window`'s and `pack_filter`'s with one block of M, float32."""
+    groups, _, outer, inner, m_padded = (int(extent) for extent in packed.shape)
+    a, b = te.reduce_axis((0, outer), "a"), te.reduce_axis((0, inner), "b")
     return te.compute(
-        (groups, blocks * block, p_padded),
+        (groups, m_padded, int(windows.shape[3])),
         lambda g, o, p: te.sum(
-            windows[g, k, p].astype("float32")
-            * packed[g, o // block, k, o % block].astype("float32"),
-            axis=k,
+            windows[g, a, b, p].astype("float32") * packed[g, 0, a, b, o].astype("float32"),
+            axis=[a, b],
         ),
         name="conv",
     )

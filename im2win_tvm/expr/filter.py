@@ -1,20 +1,42 @@
 """The filter in window order, plain (the paper's F') and packed for a kernel's inner loop."""
 
+from typing import NamedTuple
+
 from tvm import te, tirx
 
 from ..problem import ConvProblem
 
 
-def window_position(problem: ConvProblem, k):
-    """Decode position `k` of a window into (channel within the group, column v, row u).
+class KAxes(NamedTuple):
+    """The order of a kernel's reduction over a window, as two axes ``[outer, inner]``.
 
-    NCHW windows run over (c, v, u), NHWC windows over (v, u, c): the order of I' in memory.
+    taps False: one outer step, and inside it the window as it lies in I' (NCHW: (c, v, u), NHWC:
+    (v, u, c)). taps True: one outer step for each tap (v, u), and inside it its channels. The
+    inner axis may be longer than what it holds; the rest is zero.
     """
+
+    outer: int
+    inner: int
+    taps: bool
+
+
+def k_axes(problem: ConvProblem, multiple: int = 1, taps: bool = False) -> KAxes:
+    """The axes for this problem, the inner one rounded up to a multiple."""
+    outer = problem.kernel_size[0] * problem.kernel_size[1] if taps else 1
+    return KAxes(outer, -(-problem.k // outer // multiple) * multiple, taps)
+
+
+def window_position(problem: ConvProblem, axes: KAxes, a, b):
+    """Decode ``[a, b]``: channel within the group, column v, row u, and conditions to be inside."""
     hf, wf = problem.kernel_size
     channels = problem.in_channels // problem.groups
+    held = problem.k // axes.outer
+    inside = [b < held] if axes.inner > held else []
+    if axes.taps:
+        return b, a // hf, a % hf, inside
     if problem.channels_last:
-        return k % channels, k // (channels * hf), k // channels % hf
-    return k // (hf * wf), k % (hf * wf) // hf, k % hf
+        return b % channels, b // (channels * hf), b // channels % hf, inside
+    return b // (hf * wf), b % (hf * wf) // hf, b % hf, inside
 
 
 def filter_window(w: te.Tensor, problem: ConvProblem) -> te.Tensor:
@@ -22,39 +44,42 @@ def filter_window(w: te.Tensor, problem: ConvProblem) -> te.Tensor:
 
     `w` is PyTorch's OIHW whatever the layout of the input.
     """
+    axes = k_axes(problem)
 
     def element(o, k):
-        c, v, u = window_position(problem, k)
+        c, v, u, _ = window_position(problem, axes, 0, k)
         return w[o, c, u, v]
 
     return te.compute((problem.out_channels, problem.k), element, name="filter")
 
 
 def pack_filter(
-    w: te.Tensor, problem: ConvProblem, block: int, k_multiple: int = 1, dtype: str | None = None
+    w: te.Tensor,
+    problem: ConvProblem,
+    block: int,
+    axes: KAxes | None = None,
+    dtype: str | None = None,
 ) -> te.Tensor:
-    """F' with `block` output channels of one group side by side for every k.
+    """F' with `block` output channels of one group side by side for every position of the window.
 
-    ``P[g, b, k, i] = F'[g * Og + b * block + i, k]``, shape ``[G, ceil(Og / block), Kp, block]``
-    with Og = Co / G and Kp = K rounded up to `k_multiple`; zero outside, so that a kernel reads
-    whole vectors and whole K tiles without a bounds check.
+    ``P[g, b, outer, inner, i] = F'[g * Og + b * block + i, (outer, inner)]``, shape
+    ``[G, ceil(Og / block), *axes, block]`` with Og = Co / G; zero outside, so that a kernel reads
+    whole vectors and whole K tiles without a bounds check. axes: the window order by default.
     """
     per_group = problem.out_channels // problem.groups
     blocks = -(-per_group // block)
-    k_padded = -(-problem.k // k_multiple) * k_multiple
+    axes = k_axes(problem) if axes is None else axes
     dtype = problem.dtype if dtype is None else dtype
 
-    def element(g, b, k, i):
+    def element(g, b, outer, inner, i):
+        c, v, u, inside = window_position(problem, axes, outer, inner)
         o = b * block + i
-        c, v, u = window_position(problem, k)
-        inside = []
         if blocks * block > per_group:
-            inside.append(o < per_group)
-        if k_padded > problem.k:
-            inside.append(k < problem.k)
+            inside = [*inside, o < per_group]
         value = w[g * per_group + o, c, u, v].astype(dtype)
         if not inside:
             return value
         return tirx.if_then_else(tirx.all(*inside), value, tirx.const(0, dtype))
 
-    return te.compute((problem.groups, blocks, k_padded, block), element, name="packed")
+    shape = (problem.groups, blocks, axes.outer, axes.inner, block)
+    return te.compute(shape, element, name="packed")
