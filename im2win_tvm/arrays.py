@@ -1,4 +1,4 @@
-"""NumPy arrays and PyTorch tensors (or anything with DLPack) as kernel arguments, without copies."""
+"""NumPy arrays, PyTorch tensors and others with DLPack as kernel arguments, without copies."""
 
 import ctypes
 import math
@@ -37,7 +37,8 @@ def device_kind(array: Any) -> str:
     if is_torch(array):
         return array.device.type
     # DLPack's device types: 1 and 3 (pinned) are host memory, 2 and 13 (managed) are CUDA's.
-    return {1: "cpu", 3: "cpu", 2: "cuda", 13: "cuda"}.get(int(array.__dlpack_device__()[0]), "other")
+    kind = int(array.__dlpack_device__()[0])
+    return {1: "cpu", 3: "cpu", 2: "cuda", 13: "cuda"}.get(kind, "other")
 
 
 def argument(name: str, array: Any, expected: Expected, device: str) -> Any:
@@ -51,9 +52,7 @@ def argument(name: str, array: Any, expected: Expected, device: str) -> Any:
             "PyTorch tensors and others with __dlpack__"
         )
     if device_kind(array) != device:
-        raise ArgumentError(
-            f"{name}: is on {device_kind(array)!r}; this kernel runs on {device!r}"
-        )
+        raise ArgumentError(f"{name}: is on {device_kind(array)!r}; this kernel runs on {device!r}")
     if isinstance(array, np.ndarray):
         view, strides, pointer = _from_numpy(name, array, expected)
     elif is_torch(array):
@@ -68,7 +67,7 @@ def argument(name: str, array: Any, expected: Expected, device: str) -> Any:
         )
     if pointer % expected.alignment:
         raise ArgumentError(
-            f"{name}: data at {pointer:#x} is not aligned to {expected.alignment} bytes; pass a copy"
+            f"{name}: data at {pointer:#x} is no multiple of {expected.alignment}; pass a copy"
         )
     return view
 
@@ -139,7 +138,8 @@ def empty_like(reference: Any, expected: Expected) -> Any:
     if isinstance(reference, np.ndarray):
         return aligned_empty(expected)
     raise ArgumentError(
-        f"out: needed for arrays of {type(reference).__name__}; allocated only for NumPy and PyTorch"
+        f"out: needed for arrays of {type(reference).__name__}; only NumPy's and PyTorch's are "
+        "allocated here"
     )
 
 

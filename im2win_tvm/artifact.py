@@ -33,7 +33,8 @@ def metadata_source(metadata: dict) -> str:
     """C source of the header and JSON, to be linked into the library and sealed afterwards."""
     text = json.dumps(metadata, sort_keys=True).encode()
     data = _HEADER.pack(MAGIC, *_UNSEALED, len(text)) + text + b"\0"
-    return f"const char im2win_artifact[] = {{{','.join(str(b - 256 if b > 127 else b) for b in data)}}};\n"
+    signed = ",".join(str(byte - 256 if byte > 127 else byte) for byte in data)
+    return f"const char im2win_artifact[] = {{{signed}}};\n"
 
 
 def seal(path: Path) -> None:
@@ -99,7 +100,7 @@ def check_machine(metadata: dict, path: str | os.PathLike) -> None:
     capability = compute_capability()
     if capability is None:
         raise ArtifactError(
-            f"{path}: built for CUDA arch={target['arch']!r}: there is no CUDA device or driver here"
+            f"{path}: built for CUDA arch={target['arch']!r}: there is no CUDA device here"
         )
     if not runs_on(target["arch"], capability):
         raise ArtifactError(
@@ -124,7 +125,7 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
 def copy_atomically(source: Path, destination: str | os.PathLike) -> Path:
     """Copy a file so that the destination is either absent, as it was, or complete."""
     destination = Path(destination)
-    handle, temporary = tempfile.mkstemp(dir=destination.parent or ".", prefix=f".{destination.name}.")
+    handle, temporary = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
     os.close(handle)
     try:
         shutil.copyfile(source, temporary)

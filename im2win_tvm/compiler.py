@@ -84,8 +84,7 @@ def describe(
         "epilogue": dataclasses.asdict(epilogue),
         "accuracy": {"float32": "fp32", "float16": "fp16"}[problem.dtype],
         "schedule": {"name": schedule.name, "config": dataclasses.asdict(choice.config)},
-        "target": dataclasses.asdict(target)
-        | {"kind": target.kind, "machine": platform.machine()},
+        "target": dataclasses.asdict(target) | {"kind": target.kind, "machine": platform.machine()},
         "prepare": PREPARE,
         "calls": calls(module),
         "arguments": {

@@ -33,9 +33,7 @@ def serial(function: tirx.PrimFunc) -> tirx.PrimFunc:
             kind = op.kind
         return tirx.For(op.loop_var, op.min, op.extent, kind, op.body, None, kept, op.step)
 
-    return function.with_body(
-        tvm_ffi.structural_map(function.body, (tirx.For, loop), order="post")
-    )
+    return function.with_body(tvm_ffi.structural_map(function.body, (tirx.For, loop), order="post"))
 
 
 def run(

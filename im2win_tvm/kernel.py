@@ -109,7 +109,8 @@ class Kernel:
         """Bring weights ``[Co, Ci / groups, *kernel_size]`` into the kernel's order, once."""
         view = arrays.argument("w", w, self._expected["w"], self._device)
         packed = arrays.empty_like(w, self._expected["packed"])
-        self._prepare(view, arrays.argument("packed", packed, self._expected["packed"], self._device))
+        into = arrays.argument("packed", packed, self._expected["packed"], self._device)
+        self._prepare(view, into)
         return PreparedWeights(packed, self._origin)
 
     def __call__(self, x: Any, w: Any, bias: Any = None, *, residual: Any = None, out: Any = None):

@@ -98,7 +98,7 @@ def resolve(
     """
     if isinstance(target, CpuTarget | CudaTarget):
         if arch is not None or threads is not None:
-            raise TargetError(f"arch={arch!r}, threads={threads!r}: the target {target} has its own")
+            raise TargetError(f"arch={arch!r}, threads={threads!r}: {target} has its own")
         return target
     if target is None:
         target = "cuda" if device_arch() is not None else "llvm"
@@ -140,7 +140,8 @@ def _cpu(cpu: str | None, threads: int | None) -> CpuTarget:
             f"allowed are, among {len(known)}, {', '.join(known[-6:])}"
         )
     if threads is None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+        threads = len(affinity(0)) if affinity else os.cpu_count()
     if not isinstance(threads, int) or threads < 1:
         raise TargetError(f"threads={threads!r}: allowed are whole numbers from 1")
     enabled = codegen.llvm_get_cpu_features(tvm.target.Target({"kind": "llvm", "mcpu": cpu}))
@@ -184,5 +185,3 @@ def cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-

@@ -59,8 +59,7 @@ def on_device(kernel: Kernel) -> Run:
 
     def run(made: tensors.Tensors) -> np.ndarray:
         x, w, out = (
-            torch.from_numpy(array).cuda()
-            for array in (made.x, made.w, _poisoned(kernel.problem))
+            torch.from_numpy(array).cuda() for array in (made.x, made.w, _poisoned(kernel.problem))
         )
         return kernel(x, w, out=out).cpu().numpy()
 

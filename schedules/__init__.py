@@ -2,8 +2,8 @@
 
 from .base import Schedule, ScheduleError
 from .cpu_blocked import SCHEDULE as CPU_BLOCKED
-from .cuda_simt import IMPLICIT as CUDA_SIMT
 from .cuda_simt import EXPLICIT as CUDA_SIMT_EXPLICIT
+from .cuda_simt import IMPLICIT as CUDA_SIMT
 
 SCHEDULES: dict[str, Schedule] = {
     schedule.name: schedule for schedule in (CPU_BLOCKED, CUDA_SIMT, CUDA_SIMT_EXPLICIT)

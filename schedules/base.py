@@ -80,5 +80,3 @@ class Schedule(ABC):
         if reason is not None:
             raise ScheduleError(reason)
         return self.schedule(problem, config, target, epilogue)
-
-

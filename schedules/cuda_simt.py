@@ -117,7 +117,8 @@ class CudaSimt(Schedule):
             return f"table=True: padding={problem.padding} is read in the kernel, windows differ"
         taken = self._shared_bytes(c, problem)
         if taken > target.shared_bytes:
-            return f"block_k={c.block_k}: {taken} bytes of shared memory; up to {target.shared_bytes}"
+            allowed = target.shared_bytes
+            return f"block_k={c.block_k}: {taken} bytes of shared memory, {allowed} allowed"
         sizes = gemm_sizes(problem)
         if sizes.groups > MAX_GRID_YZ or -(-sizes.m // c.block_m) > MAX_GRID_YZ:
             return f"block_m={c.block_m}: more than {MAX_GRID_YZ} blocks along y or z"
@@ -151,11 +152,18 @@ class CudaSimt(Schedule):
         heights = [h for h in (128, 96, 64, 32, 16, 8, 4, 2) if h < 2 * sizes.m] or [1]
         block_m = min(heights, key=lambda h: -(-sizes.m // h) * h * (1 + 8 / h))
         thread_m = min(8, block_m)
-        # 8 x 8 outputs a thread and 64 to 192 threads a block, so that several blocks share a
-        # multiprocessor and cover each other's barriers (measured on an H100, docs/results).
+        # A tile of one tap's channels where they come in whole tiles; otherwise, where a warp reads
+        # along pixels and K is long enough to pay for it, the table of offsets.
+        channels = problem.in_channels // problem.groups
+        taps = channels % 16 == 0
+        plain = not (taps or problem.channels_last)
+        table = plain and problem.k > 64 and self._table_works(problem)
+        # 8 x 8 outputs a thread and 64 to 128 threads a block, so that several blocks share a
+        # multiprocessor and cover each other's barriers (measured on an H100: docs/results).
         thread_p = 8 if block_m >= 16 else 4
-        block_p = 64 if block_m == 128 or (problem.channels_last and block_m == 64) else 128
-        block_k = 16 if block_m == 128 or not problem.channels_last else 8
+        narrow = problem.channels_last or table
+        block_p = 64 if block_m >= 96 or narrow else 128
+        block_k = 8 if block_m == 64 and narrow else 16
         rows = block_m // thread_m
         while rows * (block_p // thread_p) < 64:
             block_p *= 2
@@ -170,11 +178,9 @@ class CudaSimt(Schedule):
                 break
             if rows * (block_p // thread_p) < 32:
                 thread_p //= 2
-        taps = problem.in_channels // problem.groups % block_k == 0
-        config = Config(block_m, block_p, block_k, thread_m, thread_p, taps=taps)
-        looked_up = replace(config, table=True)
-        if not taps and self.check(looked_up, problem, target) is None:
-            return looked_up
+        config = Config(block_m, block_p, block_k, thread_m, thread_p, taps=taps, table=table)
+        if self._shared_bytes(config, problem) > target.shared_bytes:
+            config = replace(config, table=False)
         return config
 
     def supports(self, problem, target):

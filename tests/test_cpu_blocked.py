@@ -19,6 +19,7 @@ from im2win_tvm.target import missing_cpu_features, resolve
 
 SCHEDULE = SCHEDULES["cpu_blocked"]
 FIRST, MORE = odd_problems(1, 80), odd_problems(2, 400)
+SLOW = pytest.mark.slow
 RAGGED = ConvProblem(2, 6, (9, 11), 22, (3, 2), (2, 1), ((1, 0), (2, 1)), (1, 2), 2)
 
 
@@ -41,7 +42,7 @@ def assert_right(kernel, kinds=tensors.KINDS):
     [
         *(
             # Two of an edge's four layouts and dtypes, in turn; the others are slow.
-            pytest.param(problem, id=name, marks=[pytest.mark.slow] * (number % 8 not in (0, 3, 5, 6)))
+            pytest.param(problem, id=name, marks=() if number % 8 in (0, 3, 5, 6) else SLOW)
             for number, (name, problem) in enumerate(edge_problems())
         ),
         *(pytest.param(problem, id=problem_id(problem)) for problem in FIRST),
@@ -127,7 +128,10 @@ def test_every_proposal_is_valid_and_the_default_is_one_of_them():
             dict(tile_rows=2, tile_columns=5),
             "tile_rows*tile_columns=10, vectors=2: need 23 vector registers, x86-64-v3 has 16",
         ),
-        (dict(block_rows=3, tile_rows=2, tile_columns=1), "block_rows=3: a multiple of tile_rows=2"),
+        (
+            dict(block_rows=3, tile_rows=2, tile_columns=1),
+            "block_rows=3: a multiple of tile_rows=2",
+        ),
         (dict(lanes=6), "lanes=6: a power of two up to 8 on x86-64-v3"),
         (dict(lanes=16), "lanes=16: a power of two up to 8 on x86-64-v3"),
         (dict(splits=2), "splits=2: a divisor of the 3 blocks of output channels"),

@@ -5,7 +5,6 @@ import math
 import random
 import re
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,13 +43,18 @@ SWITCHES = {
     "1x8 outputs a thread": dict(block_m=8, thread_m=1, thread_p=8),
     "8x1 outputs a thread": dict(block_m=64, block_p=32, thread_m=8, thread_p=1),
     "2x2 outputs a thread": dict(thread_m=2, thread_p=2),
-    "8x8 outputs a thread": dict(block_m=64, thread_m=8, thread_p=8),
+    "8x8 outputs a thread": dict(block_m=64, block_p=128, thread_m=8, thread_p=8),
     "8x16 outputs a thread": dict(block_m=64, block_p=128, thread_m=8, thread_p=16),
     "128x128 tile": dict(block_m=128, block_p=128, thread_m=8, thread_p=8),
     "odd tile": dict(block_m=24, block_p=36, block_k=5, thread_m=3, thread_p=3, vector=1),
     "one product a tile": dict(block_k=1),
     "one channel a tile": dict(block_m=1, block_p=128, thread_m=1),
     "K in one tile": dict(block_k=48),
+    "channels of a tap": dict(taps=True),
+    "more channels of a tap than there are": dict(taps=True, block_k=16),
+    "table": dict(table=True),
+    "table, single buffer": dict(table=True, double_buffer=False),
+    "table, no prefetch": dict(table=True, prefetch=False),
 }
 every_form = pytest.mark.parametrize("form", FORMS)
 
@@ -87,18 +91,23 @@ def test_odd_problems(problem, form):
     assert_right(form, problem)
 
 
-@every_form
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", SWITCHES)
-def test_switches(name, dtype, layout, form):
-    # Both dtypes and layouts in turn; form and switch decide which pair is the other one's.
-    number = list(SWITCHES).index(name) + FORMS.index(form)
-    if (DTYPES.index(dtype) + LAYOUTS.index(layout) + number) % 2:
-        pytest.skip("the other form has this one")
+def every_switch():
+    """(form, layout, dtype, name): of the eight ways to run a switch every other one."""
+    ways = list(itertools.product(FORMS, LAYOUTS, DTYPES))
+    for number, name in enumerate(SWITCHES):
+        for way, (form, layout, dtype) in enumerate(ways):
+            if (way.bit_count() + number) % 2 == 0:
+                yield form, layout, dtype, name
+
+
+@pytest.mark.parametrize(("form", "layout", "dtype", "name"), list(every_switch()))
+def test_switches(form, layout, dtype, name):
+    config = config_of(**SWITCHES[name])
     for problem in (RAGGED, WHOLE):
         problem = problem.replace(dtype=dtype, layout=layout)
-        assert_right(form, problem, config_of(**SWITCHES[name]), kinds=("integer",))
+        if config.table:
+            problem = problem.replace(padding=0)
+        assert_right(form, problem, config, kinds=("integer",))
 
 
 @pytest.mark.parametrize("turn", range(12))
@@ -112,7 +121,7 @@ def test_sampled_configurations(turn):
 
 
 @every_form
-@pytest.mark.parametrize
+@pytest.mark.parametrize(
     ("bias", "residual", "activation"),
     list(itertools.product([False, True], [False, True], [None, "relu"])),
 )
@@ -144,7 +153,7 @@ def test_nan_and_infinity_reach_the_outputs_that_read_them_and_no_others(layout,
 
 
 def test_every_proposal_is_valid_and_so_is_the_default():
-    for problem in (RAGGED, WHOLE, *odd_problems(5, 40)):
+    for problem in (RAGGED, WHOLE, *odd_problems(5, 4)):
         for schedule in (SCHEDULES[form] for form in FORMS):
             proposed = list(schedule.configs(problem, TARGET))
             assert len(set(proposed)) == len(proposed) > 100
@@ -177,12 +186,16 @@ def test_every_proposal_is_valid_and_so_is_the_default():
             dict(block_m=128, block_p=256, thread_m=16, thread_p=16),
             "thread_m=16, thread_p=16: more than 128 accumulators",
         ),
-        (dict(shared=False), "shared=False: double_buffer and prefetch need shared=True"),
+        (dict(shared=False), "shared=False: double_buffer, prefetch and table need shared=True"),
         (
             dict(shared=False, double_buffer=False),
-            "shared=False: double_buffer and prefetch need shared=True",
+            "shared=False: double_buffer, prefetch and table need shared=True",
         ),
-        (dict(block_k=64), "block_k=64: 51200 bytes of shared memory, 49152 allowed"),
+        (
+            dict(table=True),
+            "table=True: padding=((1, 2), (0, 1)) is read in the kernel, windows differ",
+        ),
+        (dict(block_k=64), "block_k=64: 51200 bytes of shared memory; up to 49152"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -273,14 +286,15 @@ def test_defaults_compile_without_spills(dtype, layout, form, tmp_path):
 @pytest.mark.parametrize("name", SWITCHES)
 def test_switches_show_in_the_code(name, tmp_path):
     config = config_of(**SWITCHES[name])
-    built = Built(tmp_path, "cuda_simt", RAGGED, config)
+    problem = RAGGED.replace(padding=0) if config.table else RAGGED
+    built = Built(tmp_path, "cuda_simt", problem, config)
     assert (built.conv.spill_store_bytes, built.conv.spill_load_bytes) == (0, 0)
     stages = 0 if not config.shared else 2 if config.double_buffer else 1
     words = config.block_k * (config.block_m + config.block_p)
-    if config.shared:
-        assert built.conv.shared_bytes == stages * words * 4
-    else:
-        assert built.conv.shared_bytes == 0
+    # A table holds 4 bytes for each of 36 products; whole tiles are 40, and arrays start at
+    # multiples of 64 bytes.
+    table = 192 if config.table else 0
+    assert built.conv.shared_bytes == 4 * stages * words + table
     assert ("__shared__" in built.body) == config.shared
     assert ("__syncthreads()" in built.body) == config.shared
     assert built.body.startswith(f"void __launch_bounds__({config.threads}) ")
@@ -289,10 +303,12 @@ def test_switches_show_in_the_code(name, tmp_path):
     waiting = re.findall(r"\w+ (?:packed|window)_shared_local_ptr\[\d+\]", built.body)
     if config.prefetch:
         assert len(waiting) == 2
+    # Fragments are as wide as `vector` and a thread's outputs allow, copies of filter tiles as
+    # `vector` where it divides the tile's rows.
+    widths = {min(config.vector, config.thread_m), min(config.vector, config.thread_p)}
+    widths |= {config.vector} if config.block_m % config.vector == 0 else set()
     for width, vector in ((2, "float2"), (4, "float4")):
-        # Filter tiles are copied in vectors, and fragments read in them.
-        wide = config.shared and config.vector == width and config.block_m % width == 0
-        assert (f"({vector}*)" in built.body) == wide
+        assert (f"({vector}*)" in built.body) == (config.shared and width in widths)
 
 
 @pytest.mark.nvcc
@@ -343,12 +359,12 @@ def test_arrays_of_the_cpu_are_refused_by_name():
     kernel = compiled("cuda_simt")
     made = tensors.fill(RAGGED)
     out = tensors.poisoned(RAGGED.output_shape, "float32")
-    with pytest.raises(ArgumentError, match="^x: is on 'cpu'; this kernel runs on 'cuda'"):
+    with pytest.raises(ArgumentError, match=r"^x: is on 'cpu'; this kernel runs on 'cuda'"):
         kernel(made.x, made.w, out=out)
-    with pytest.raises(ArgumentError, match="^w: is on 'cpu'; this kernel runs on 'cuda'"):
+    with pytest.raises(ArgumentError, match=r"^w: is on 'cpu'; this kernel runs on 'cuda'"):
         kernel.prepare(made.w)
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    with pytest.raises(ArgumentError, match="^x: is on 'cpu'; this kernel runs on 'cuda'"):
+    with pytest.raises(ArgumentError, match=r"^x: is on 'cpu'; this kernel runs on 'cuda'"):
         kernel(torch.from_numpy(made.x), made.w, out=out)
     assert np.isnan(out).all()
 

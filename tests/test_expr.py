@@ -254,7 +254,8 @@ def test_window(problem, ragged, taps):
             run = (q * sw + v * dw) * hf + u
             at = g * channels + c
             seen = values[:, :, run, at] if problem.channels_last else values[:, at, :, run]
-            expected[g, *position(problem, taps, c, v, u), q : sizes.p : width] = seen.reshape(-1)
+            at_k = position(problem, taps, c, v, u)
+            expected[(g, *at_k, slice(q, sizes.p, width))] = seen.reshape(-1)
     np.testing.assert_array_equal(actual, expected)
 
 

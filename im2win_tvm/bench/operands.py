@@ -91,9 +91,7 @@ class TorchOperands:
     def poisoned(self) -> Any:
         """An output of NaN."""
         torch, problem = self._torch, self.problem
-        return torch.full(
-            problem.output_shape, torch.nan, dtype=self.x.dtype, device=self._device
-        )
+        return torch.full(problem.output_shape, torch.nan, dtype=self.x.dtype, device=self._device)
 
     def check(self, output: Any) -> Outcome:
         """`output` against the reference: a tensor of problem.output_shape on the device."""

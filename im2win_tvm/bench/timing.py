@@ -159,9 +159,7 @@ def warm_up(call: Call, clock: Clock, seconds: float) -> None:
             return
 
 
-def measure(
-    calls: Mapping[str, Call], clock: Clock, limits: Limits
-) -> dict[str, dict[str, Times]]:
+def measure(calls: Mapping[str, Call], clock: Clock, limits: Limits) -> dict[str, dict[str, Times]]:
     """Times of each call by cache state; the calls take turns until each has had its limits."""
     for call in calls.values():
         warm_up(call, clock, limits.warmup)

@@ -74,9 +74,7 @@ def verify(
     seed: Annotated[int, typer.Option("--seed", help="Of the random tensors.")] = 0,
     emulate: Annotated[
         bool,
-        typer.Option(
-            "--emulate", help="Run CUDA schedules on the CPU, without their pipelining."
-        ),
+        typer.Option("--emulate", help="Run CUDA schedules on the CPU, without their pipelining."),
     ] = False,
     jobs: Annotated[
         int | None,

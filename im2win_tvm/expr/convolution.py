@@ -53,8 +53,8 @@ def convolution_blocked(
 ) -> te.Tensor:
     """``[N, G, blocks, rows, outputs, block]``: one vector of channels for every output pixel.
 
-    `packed` is `pack_filter`'s in window order. Where columns are not dilated, a window (of one channel in NCHW)
-    is one contiguous run of I', and its reduction is one axis over that run.
+    `packed` is `pack_filter`'s in window order. Where columns are not dilated, a window (in NCHW:
+    of one channel) is one contiguous run of I', and its reduction is one axis over that run.
     """
     hf, wf = problem.kernel_size
     channels = problem.in_channels // problem.groups
@@ -75,10 +75,9 @@ def convolution_blocked(
         else:
             position = _strip_index(problem, q, v, u)
         channel = g * channels + c
-        value = iw[n, m, position, channel] if problem.channels_last else iw[n, channel, m, position]
-        return te.sum(
-            value.astype("float32") * packed[g, b, 0, k, i].astype("float32"), axis=axes
-        )
+        index = (m, position, channel) if problem.channels_last else (channel, m, position)
+        value = iw[(n, *index)]
+        return te.sum(value.astype("float32") * packed[g, b, 0, k, i].astype("float32"), axis=axes)
 
     return te.compute((problem.batch, groups, blocks, rows, outputs, block), element, name="conv")
 

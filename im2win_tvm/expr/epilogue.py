@@ -17,7 +17,7 @@ def finish(
     bias: te.Tensor | None,
     residual: te.Tensor | None,
 ) -> tirx.Expr:
-    """The output element of a float32 sum: its `channel` picks the bias, its `index` the residual."""
+    """The output element of a float32 sum: `channel` picks the bias, `index` the residual."""
     value = total
     if epilogue.bias:
         value = value + bias[channel].astype("float32")

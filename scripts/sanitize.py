@@ -1,0 +1,124 @@
+"""Run the CUDA schedules under NVIDIA's compute-sanitizer, on small problems with ragged tails.
+
+    python scripts/sanitize.py [--tools memcheck,racecheck,initcheck,synccheck]
+
+Kernels are built first; the sanitizer then watches processes that only load and run them. Needs a
+CUDA device, PyTorch, nvcc and compute-sanitizer (part of the CUDA toolkit). Exits with 1 if a tool
+reports an error or an output is wrong.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import im2win_tvm
+from im2win_tvm import builds, reference, tensors, toolchain
+from im2win_tvm.epilogue import NONE, Epilogue
+from im2win_tvm.problem import ConvProblem
+from im2win_tvm.target import resolve
+
+FORMS = ("cuda_simt", "cuda_simt_explicit")
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+FULL = Epilogue(True, True, "relu")
+# Ragged in every extent; whole vectors; strides, dilation, groups; more tiles of K than stages.
+CASES = (
+    (ConvProblem(3, 6, (11, 13), 22, (3, 4), (2, 1), ((1, 2), (0, 1)), 1, 2), FULL),
+    (ConvProblem(3, 6, (11, 13), 22, (3, 4), (2, 1), ((1, 2), (0, 1)), 1, 2, layout="NHWC"), FULL),
+    (ConvProblem(2, 8, (8, 8), 16, 3, padding=1), NONE),
+    (ConvProblem(2, 8, (8, 8), 16, 3, padding=1, dtype="float16", layout="NHWC"), FULL),
+    (ConvProblem(1, 3, (27, 31), 9, 11, 4), NONE),
+    (ConvProblem(1, 13, (8, 9), 13, 3, 2, 1, (1, 2), 13), NONE),
+    (ConvProblem(1, 67, (7, 5), 70, 3, padding=1, dtype="float16"), NONE),
+    (ConvProblem(1, 1, (1, 1), 1, 1), NONE),
+)
+
+
+def prepare(folder: Path) -> None:
+    """Export every case in every form, with operands and the expected output beside it."""
+    target = resolve("cuda")
+    asked = [(form, *case) for form in FORMS for case in CASES]
+    requests = [builds.Request(p, target, schedule=form, epilogue=e) for form, p, e in asked]
+    kernels = builds.build_all(requests, builds.default_jobs(target))
+    for number, ((_, problem, epilogue), kernel) in enumerate(zip(asked, kernels, strict=True)):
+        if isinstance(kernel, Exception):
+            raise kernel
+        kernel.export(folder / f"{number}.so")
+        made = tensors.fill(problem, "integer", number, epilogue.bias, epilogue.residual)
+        y = reference.conv2d(*made[:2], problem, *made[2:], epilogue.activation)
+        given = {name: array for name, array in made._asdict().items() if array is not None}
+        np.savez(folder / f"{number}.npz", y=y, **given)
+
+
+def run(folder: Path) -> int:
+    """Run what `prepare` left; the number of wrong outputs. The sanitizer watches this process."""
+    import torch
+
+    wrong = 0
+    for path in sorted(folder.glob("*.so"), key=lambda path: int(path.stem)):
+        kernel = im2win_tvm.load(path)
+        given = dict(np.load(path.with_suffix(".npz")))
+        expected = given.pop("y")
+        on_device = {name: torch.from_numpy(array).cuda() for name, array in given.items()}
+        x, w, bias = on_device["x"], on_device["w"], on_device.get("bias")
+        y = kernel(x, w, bias, residual=on_device.get("residual"))
+        right = np.array_equal(y.cpu().numpy(), expected)
+        wrong += not right
+        schedule = kernel.metadata["schedule"]["name"]
+        print(f"{'ok' if right else 'WRONG':5} {schedule:20} {kernel.problem}", flush=True)
+    return wrong
+
+
+def find_sanitizer() -> str:
+    """compute-sanitizer on the PATH or beside nvcc."""
+    beside = toolchain.find_nvcc().bin / "compute-sanitizer"
+    found = shutil.which("compute-sanitizer") or shutil.which(str(beside))
+    if found is None:
+        sys.exit("no compute-sanitizer: install the CUDA toolkit's (cuda-sanitizer package)")
+    return found
+
+
+def watched(sanitizer: str, tool: str, folder: Path) -> int:
+    """Exit status of a process of `run` under one tool."""
+    options = ["--tool", tool, "--error-exitcode", "9"]
+    # PyTorch's own kernels are not the question.
+    text = subprocess.run([sanitizer, "--help"], capture_output=True, text=True).stdout
+    for option in ("--kernel-name", "--kernel-regex"):
+        if option in text:
+            options += [option, "kernel_substring=im2win"]
+            break
+    # Without its cache every tensor is an allocation of its own, and memcheck sees its end.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [sanitizer, *options, sys.executable, __file__, "--run", str(folder)]
+    return subprocess.run(command, env=environment).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tools", default=",".join(TOOLS), help="default: %(default)s")
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        return 1 if run(options.run) else 0
+    unknown = set(options.tools.split(",")) - set(TOOLS)
+    if unknown:
+        parser.error(f"--tools={options.tools}: allowed are {', '.join(TOOLS)}")
+    sanitizer = find_sanitizer()
+    failed = []
+    with tempfile.TemporaryDirectory(prefix="im2win-") as folder:
+        prepare(Path(folder))
+        for tool in options.tools.split(","):
+            print(f"== {tool}", flush=True)
+            if watched(sanitizer, tool, Path(folder)):
+                failed.append(tool)
+    print(f"failed: {', '.join(failed)}" if failed else "no errors")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,419 @@
+"""The CUDA schedules on a CUDA device, through PyTorch: values, streams, graphs, threads.
+
+nvcc takes seconds for each kernel. All of them are therefore built before the first test that
+asks for one, in as many processes as there are processors.
+"""
+
+import functools
+import itertools
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from problems import edge_problems, odd_problems, problem_id
+
+import im2win_tvm
+from im2win_tvm import ArgumentError, builds, reference, suites, tensors
+from im2win_tvm.epilogue import NONE, Epilogue
+from im2win_tvm.problem import ConvProblem
+from im2win_tvm.target import resolve
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+FORMS = ("cuda_simt", "cuda_simt_explicit")
+EDGES = dict(edge_problems())
+ODD = odd_problems(6, 200)
+RAGGED = ConvProblem(3, 6, (11, 13), 22, (3, 4), (2, 1), ((1, 2), (0, 1)), (1, 1), 2)
+WHOLE = ConvProblem(2, 16, (32, 32), 64, 3, padding=1)
+FULL = Epilogue(True, True, "relu")
+EPILOGUES = [
+    Epilogue(*parts) for parts in itertools.product([False, True], [False, True], [None, "relu"])
+]
+PAPER = {
+    (name, batch, layout): problem
+    for batch in (2, 128)
+    for layout in ("NCHW", "NHWC")
+    for name, problem in suites.suite("paper", batch=batch, layout=layout).items()
+}
+every_form = pytest.mark.parametrize("form", FORMS)
+MANY = {*EDGES.values(), *ODD, *PAPER.values()}
+# Problem and epilogue of every kernel that a test here asks for.
+WANTED = [
+    *((problem, NONE) for problem in MANY),
+    *((RAGGED.replace(layout="NHWC"), epilogue) for epilogue in EPILOGUES),
+    *((WHOLE.replace(dtype="float16"), epilogue) for epilogue in EPILOGUES),
+    (WHOLE, NONE),
+    (WHOLE.replace(layout="NHWC"), NONE),
+    (RAGGED, FULL),
+]
+
+
+@pytest.fixture(scope="session")
+def built(request):
+    """(form, problem, epilogue) -> kernel; of the many problems those that will be tried."""
+    target = resolve(DEVICE)
+    selected = _selected(request.session)
+    keys = [
+        (form, (problem, epilogue))
+        for form, (problem, epilogue) in itertools.product(FORMS, WANTED)
+        if problem not in MANY or (form, problem) in selected
+    ]
+    started = time.perf_counter()
+    kernels = builds.build_all(
+        [
+            builds.Request(problem, target, schedule=form, epilogue=epilogue)
+            for form, (problem, epilogue) in keys
+        ],
+        builds.default_jobs(target),
+    )
+    found = {(form, *wanted): each for (form, wanted), each in zip(keys, kernels, strict=True)}
+    print(f"\n{len(found)} kernels in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    return found
+
+
+def _selected(session):
+    """(form, problem) of the tests that will run."""
+    parameters = [item.callspec.params for item in session.items if hasattr(item, "callspec")]
+    return {(p["form"], p["problem"]) for p in parameters if {"form", "problem"} <= p.keys()}
+
+
+@pytest.fixture
+def kernel_of(built):
+    def find(form, problem, epilogue=NONE):
+        kernel = built[form, problem, epilogue]
+        if isinstance(kernel, Exception):
+            raise kernel
+        return kernel
+
+    return find
+
+
+@functools.cache
+def torch():
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return torch
+
+
+def on_device(array):
+    return None if array is None else torch().from_numpy(array).to(DEVICE)
+
+
+def poisoned(problem):
+    dtype = getattr(torch(), problem.dtype)
+    return torch().full(problem.output_shape, torch().nan, dtype=dtype, device=DEVICE)
+
+
+def solved(problem, epilogue=NONE, kind="integer", seed=0):
+    """Operands on the device, and the reference's output."""
+    made = tensors.fill(problem, kind, seed, epilogue.bias, epilogue.residual)
+    expected = reference.conv2d(*made[:2], problem, *made[2:], epilogue.activation)
+    return tensors.Tensors(*map(on_device, made)), expected
+
+
+def run(kernel, made, w=None, out=None):
+    out = poisoned(kernel.problem) if out is None else out
+    weights = made.w if w is None else w
+    assert kernel(made.x, weights, made.bias, residual=made.residual, out=out) is out
+    return out
+
+
+def assert_right(kernel, kinds=tensors.KINDS):
+    for kind in kinds:
+        made, expected = solved(kernel.problem, kernel.epilogue, kind, 1)
+        result = tensors.check(run(kernel, made).cpu().numpy(), expected, kernel.problem, kind)
+        assert result.ok, f"{kernel.metadata['schedule']}, {kind}: {result.message}"
+
+
+@every_form
+@pytest.mark.parametrize("problem", EDGES.values(), ids=EDGES)
+def test_edges(problem, form, kernel_of):
+    assert_right(kernel_of(form, problem))
+
+
+@every_form
+@pytest.mark.parametrize("problem", ODD, ids=problem_id)
+def test_odd_problems(problem, form, kernel_of):
+    assert_right(kernel_of(form, problem))
+
+
+@every_form
+@pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
+def test_epilogues(epilogue, form, kernel_of):
+    assert_right(kernel_of(form, RAGGED.replace(layout="NHWC"), epilogue))
+    assert_right(kernel_of(form, WHOLE.replace(dtype="float16"), epilogue))
+
+
+def exact(x, w, problem):
+    """The convolution in PyTorch's float64 on the device, for a few images."""
+    first = x.permute(0, 3, 1, 2) if problem.channels_last else x
+    (top, bottom), (left, right) = problem.padding
+    y = torch().nn.functional.conv2d(
+        torch().nn.functional.pad(first.double(), (left, right, top, bottom)),
+        w.double(),
+        stride=problem.stride,
+        dilation=problem.dilation,
+        groups=problem.groups,
+    )
+    return y.permute(0, 2, 3, 1) if problem.channels_last else y
+
+
+@every_form
+@pytest.mark.parametrize("problem", PAPER.values(), ids=["-".join(map(str, key)) for key in PAPER])
+def test_paper_layers(problem, form, kernel_of):
+    """Against float64 on the device in chunks of images; the largest takes some 10 GiB."""
+    kernel = kernel_of(form, problem)
+    generator = torch().Generator(DEVICE).manual_seed(3)
+    x = torch().randn(problem.input_shape, generator=generator, device=DEVICE)
+    w = torch().randn(problem.weight_shape, generator=generator, device=DEVICE) / problem.k**0.5
+    out = kernel(x, w, out=poisoned(problem))
+    # Unit variance in, 1/K in the weights: the outputs' scale is 1.
+    limits = tensors.rounding_limits(problem, 1.0)
+    errors = squares = 0.0
+    for start in range(0, problem.batch, 4):
+        images = slice(start, start + 4)
+        expected = exact(x[images], w, problem)
+        error = (out[images].double() - expected).abs()
+        over = error - (limits.floor + limits.share * expected.abs())
+        assert over.max().item() <= 0, f"images from {start}: off by {error.max().item():.3g}"
+        errors += error.square().sum().item()
+        squares += expected.square().sum().item()
+    assert 0 < errors**0.5 <= limits.norm * squares**0.5
+
+
+@every_form
+def test_nan_reaches_the_outputs_that_read_it_and_no_others(form, kernel_of):
+    kernel = kernel_of(form, RAGGED, FULL)
+    made = tensors.fill(RAGGED, "integer", 1, True, True)
+    made.x[1, 4, 5, 6], made.w[3, 1, 0, 2] = np.nan, np.inf
+    expected = reference.conv2d(*made[:2], RAGGED, *made[2:], "relu")
+    actual = run(kernel, tensors.Tensors(*map(on_device, made))).cpu().numpy()
+    np.testing.assert_array_equal(actual, expected)
+    assert 0 < np.isnan(actual).sum() < actual.size
+
+
+@every_form
+def test_runs_are_equal_to_the_bit(form, kernel_of):
+    kernel = kernel_of(form, WHOLE)
+    made, _ = solved(WHOLE, kind="normal")
+    first = run(kernel, made)
+    for _ in range(20):
+        assert torch().equal(run(kernel, made), first)
+
+
+@every_form
+def test_weights_are_prepared_once(form, kernel_of):
+    kernel = kernel_of(form, RAGGED, FULL)
+    made, expected = solved(RAGGED, FULL)
+    prepared = kernel.prepare(made.w)
+    made.w.fill_(torch().nan)
+    for _ in range(3):
+        np.testing.assert_array_equal(run(kernel, made, w=prepared).cpu().numpy(), expected)
+    other = kernel_of(form, WHOLE)
+    with pytest.raises(ArgumentError, match=r"^w: prepared by a kernel with another config"):
+        other(solved(WHOLE)[0].x, prepared)
+
+
+@every_form
+def test_wrong_tensors_are_refused_by_name_and_nothing_is_written(form, kernel_of):
+    kernel = kernel_of(form, RAGGED, FULL)
+    made, _ = solved(RAGGED, FULL)
+    out = poisoned(RAGGED)
+    changes = {
+        "is on 'cpu'; this kernel runs on 'cuda'": lambda t: t.cpu(),
+        "dtype float16; this kernel takes float32": lambda t: t.half(),
+        "shape .*; this kernel takes": lambda t: t[..., 1:],
+        "strides .* are not those of a contiguous": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+        "requires grad": lambda t: t.clone().requires_grad_(),
+    }
+    for (message, change), name in itertools.product(changes.items(), made._fields):
+        with pytest.raises(ArgumentError, match=f"^{name}: {message}"):
+            run(kernel, made._replace(**{name: change(getattr(made, name))}), out=out)
+    with pytest.raises(ArgumentError, match=r"^out: is on 'cpu'"):
+        run(kernel, made, out=out.cpu())
+    torch().cuda.synchronize()
+    assert out.isnan().all()
+
+
+@every_form
+def test_views_at_any_element_are_right_or_refused(form, kernel_of):
+    """One element into an allocation: vectors are not aligned there."""
+    for problem, epilogue in ((RAGGED, FULL), (WHOLE, NONE), (WHOLE.replace(layout="NHWC"), NONE)):
+        kernel = kernel_of(form, problem, epilogue)
+        made, expected = solved(problem, epilogue)
+
+        def moved(tensor):
+            memory = torch().full((tensor.numel() + 1,), 77.0, dtype=tensor.dtype, device=DEVICE)
+            memory[1:] = tensor.reshape(-1)
+            return memory[1:].view(tensor.shape)
+
+        for name in (field for field in made._fields if getattr(made, field) is not None):
+            changed = made._replace(**{name: moved(getattr(made, name))})
+            alignment = kernel.metadata["arguments"][name]["alignment"]
+            if alignment > problem.itemsize:
+                with pytest.raises(ArgumentError, match=rf"^{name}: .* not aligned to {alignment}"):
+                    run(kernel, changed)
+            else:
+                np.testing.assert_array_equal(run(kernel, changed).cpu().numpy(), expected)
+
+
+@every_form
+def test_channels_last_tensors_are_taken_without_a_copy(form, kernel_of):
+    problem = WHOLE.replace(layout="NHWC")
+    made, expected = solved(problem)
+    x = made.x.permute(0, 3, 1, 2).contiguous(memory_format=torch().channels_last)
+    seen = x.permute(0, 2, 3, 1)
+    assert seen.data_ptr() == x.data_ptr()
+    out = run(kernel_of(form, problem), made._replace(x=seen))
+    np.testing.assert_array_equal(out.cpu().numpy(), expected)
+
+
+@every_form
+def test_workspace_is_what_a_call_allocates(form, kernel_of):
+    kernel = kernel_of(form, WHOLE)
+    made, _ = solved(WHOLE)
+    prepared, out = kernel.prepare(made.w), poisoned(WHOLE)
+    run(kernel, made, w=prepared, out=out)
+    torch().cuda.synchronize()
+    torch().cuda.reset_peak_memory_stats()
+    before = torch().cuda.memory_allocated()
+    run(kernel, made, w=prepared, out=out)
+    taken = torch().cuda.max_memory_allocated() - before
+    # PyTorch rounds up to 512 bytes.
+    assert taken == -(-kernel.workspace_bytes // 512) * 512
+    assert (taken > 0) == (form == "cuda_simt_explicit")
+
+
+def busy():
+    """Some 0.2 s of nothing on the current stream."""
+    torch().cuda._sleep(400_000_000)
+
+
+@every_form
+def test_runs_on_the_current_stream(form, kernel_of):
+    """The operands arrive late on the side stream: a kernel elsewhere would have read NaN."""
+    kernel = kernel_of(form, RAGGED, FULL)
+    late, expected = solved(RAGGED, FULL)
+    run(kernel, late)
+    made = tensors.Tensors(*(torch().full_like(tensor, torch().nan) for tensor in late))
+    out, side = poisoned(RAGGED), torch().cuda.Stream()
+    torch().cuda.synchronize()
+    with torch().cuda.stream(side):
+        busy()
+        for tensor, value in zip(made, late, strict=True):
+            tensor.copy_(value)
+        run(kernel, made, out=out)
+    side.synchronize()
+    np.testing.assert_array_equal(out.cpu().numpy(), expected)
+
+
+@every_form
+def test_does_not_wait_for_other_streams(form, kernel_of):
+    kernel = kernel_of(form, RAGGED, FULL)
+    made, expected = solved(RAGGED, FULL)
+    prepared, out = kernel.prepare(made.w), poisoned(RAGGED)
+    other, side = torch().cuda.Stream(), torch().cuda.Stream()
+    with torch().cuda.stream(side):  # loads the code, and takes memory that is then kept
+        run(kernel, made, w=prepared)
+    torch().cuda.synchronize()
+    with torch().cuda.stream(other):
+        busy()
+    with torch().cuda.stream(side):
+        run(kernel, made, w=prepared, out=out)
+    side.synchronize()
+    assert not other.query(), "the other stream has ended: the kernel waited for it"
+    other.synchronize()
+    np.testing.assert_array_equal(out.cpu().numpy(), expected)
+
+
+@every_form
+@pytest.mark.parametrize("prepared", [True, False])
+def test_captured_in_a_graph_and_replayed(prepared, form, kernel_of):
+    kernel = kernel_of(form, RAGGED, FULL)
+    made, _ = solved(RAGGED, FULL)
+    w = kernel.prepare(made.w) if prepared else made.w
+    out = poisoned(RAGGED)
+    run(kernel, made, w=w)
+    torch().cuda.synchronize()
+    graph = torch().cuda.CUDAGraph()
+    with torch().cuda.graph(graph):
+        run(kernel, made, w=w, out=out)
+    for seed in (5, 6):
+        fresh, _ = solved(RAGGED, FULL, seed=seed)
+        fresh = fresh._replace(w=made.w) if prepared else fresh
+        for tensor, value in zip(made, fresh, strict=True):
+            tensor.copy_(value)
+        out.fill_(torch().nan)
+        graph.replay()
+        operands = [tensor.cpu().numpy() for tensor in made]
+        expected = reference.conv2d(*operands[:2], RAGGED, *operands[2:], "relu")
+        np.testing.assert_array_equal(out.cpu().numpy(), expected)
+
+
+@every_form
+def test_threads_share_a_kernel(form, kernel_of):
+    kernel = kernel_of(form, RAGGED, FULL)
+    cases = [solved(RAGGED, FULL, seed=seed) for seed in range(4)]
+    torch().cuda.synchronize()
+
+    def work(case):
+        made, expected = case
+        wrong, stream = 0, torch().cuda.Stream()
+        with torch().cuda.stream(stream):
+            for _ in range(50):
+                out = run(kernel, made)
+                wrong += not np.array_equal(out.cpu().numpy(), expected)
+        return wrong
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, cases)) == [0, 0, 0, 0]
+
+
+# Loads argv[1], runs it on the arrays of argv[2], writes the output to argv[3].
+RUN = """
+import sys
+import numpy as np
+import torch
+import im2win_tvm
+kernel = im2win_tvm.load(sys.argv[1])
+given = {name: torch.from_numpy(a).cuda() for name, a in np.load(sys.argv[2]).items()}
+y = kernel(given["x"], given["w"], given["bias"], residual=given["residual"])
+np.save(sys.argv[3], y.cpu().numpy())
+assert "tvm" not in sys.modules
+"""
+
+
+@every_form
+def test_exported_and_loaded_in_a_process_without_tvm(form, kernel_of, tmp_path):
+    kernel = kernel_of(form, RAGGED, FULL)
+    library = kernel.export(tmp_path / "kernel.so")
+    loaded = im2win_tvm.load(library)
+    assert loaded.metadata == kernel.metadata
+    assert_right(loaded)
+    made, expected = solved(RAGGED, FULL)
+    given = {name: tensor.cpu().numpy() for name, tensor in made._asdict().items()}
+    np.savez(tmp_path / "given.npz", **given)
+    sources = str(Path(im2win_tvm.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, library, tmp_path / "given.npz", tmp_path / "out.npy"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([sources, *sys.path])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)
+
+
+def test_code_for_another_architecture_is_refused(tmp_path):
+    here = torch().cuda.get_device_capability()
+    arch = "sm_80" if here[0] != 8 else "sm_90"
+    path = im2win_tvm.compile(RAGGED, "cuda", arch=arch).export(tmp_path / "kernel.so")
+    with pytest.raises(im2win_tvm.ArtifactError, match=f"arch='{arch}': this device is sm_"):
+        im2win_tvm.load(path)
