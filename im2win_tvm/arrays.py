@@ -67,7 +67,8 @@ def argument(name: str, array: Any, expected: Expected, device: str) -> Any:
         )
     if pointer % expected.alignment:
         raise ArgumentError(
-            f"{name}: data at {pointer:#x} is no multiple of {expected.alignment}; pass a copy"
+            f"{name}: data at {pointer:#x} is not aligned to {expected.alignment} bytes; "
+            "pass a copy"
         )
     return view
 
