@@ -14,7 +14,7 @@ What the hardware asks for (sm_70 and later):
   vectors, is free of bank conflicts. A thread's outputs are therefore groups of four, `block/2`
   apart, and not eight in a row.
 * Latency: a load from global memory takes some 500 cycles. With two stages of shared memory the
-  next tile is on its way while the current one is multiplied, with one barrier a tile.
+  next tile is on its way while the current one is multiplied.
 """
 
 import itertools
@@ -41,11 +41,13 @@ from ..expr import (
 from ..problem import ConvProblem
 from ..target import CudaTarget
 from .base import ALIGNMENT, CONV, PREPARE, TRANSFORM, Schedule
+from .cuda_elementwise import elementwise
 
-# Threads of the kernels that only move data: enough to hide latency, small enough for any tail.
-COPY_THREADS = 256
 # CUDA C++ Programming Guide, compute capabilities: largest grid extent of y and z.
 MAX_GRID_YZ = 65535
+# Words between rows of the window tile: with channels innermost, neighbouring threads write down a
+# column of it, and rows of a multiple of 32 words would put them all in one bank.
+PADDING = 4
 
 
 @dataclass(frozen=True)
@@ -194,14 +196,9 @@ class CudaSimt(Schedule):
     def schedule(self, problem, config, target, epilogue):
         module = {PREPARE: prepare(problem, config)}
         if self.explicit:
-            module[TRANSFORM] = transform_kernel(problem)
+            module[TRANSFORM] = write_im2win(problem)
         module[CONV] = convolve(problem, config, epilogue, self.explicit)
         return IRModule(module)
-
-
-# Words between rows of the window tile: with channels innermost, neighbouring threads write down a
-# column of it, and rows of a multiple of 32 words would put them all in one bank.
-PADDING = 4
 
 
 def _rounded_m(problem: ConvProblem, config: Config) -> int:
@@ -219,22 +216,13 @@ def prepare(problem: ConvProblem, config: Config):
     # All channels of a group side by side: one block, of M rounded up to whole tiles.
     axes = k_axes(problem, config.block_k, config.taps)
     packed = pack_filter(w, problem, _rounded_m(problem, config), axes)
-    return _elementwise([w, packed], "packed")
+    return elementwise([w, packed], "packed")
 
 
-def transform_kernel(problem: ConvProblem):
-    """x -> I' in global memory, one element a thread."""
+def write_im2win(problem: ConvProblem):
+    """x -> I' in global memory."""
     x = arguments(problem).x
-    return _elementwise([x, transform(x, problem)], "im2win")
-
-
-def _elementwise(tensors, block: str):
-    sch = s_tir.Schedule(te.create_prim_func(tensors))
-    loop = sch.fuse(*sch.get_loops(sch.get_sblock(block)))
-    blocks, threads = sch.split(loop, [None, COPY_THREADS])
-    sch.bind(blocks, "blockIdx.x")
-    sch.bind(threads, "threadIdx.x")
-    return sch.mod["main"]
+    return elementwise([x, transform(x, problem)], "im2win")
 
 
 def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, explicit: bool):
@@ -347,8 +335,8 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, explicit:
     # 7. Prefetch: tile t + 1 waits in registers while tile t is multiplied, so that no FMA waits
     #    for global memory. The children of the loop over tiles are then [load, store] of the
     #    filter, of the windows, and the multiplication; `order` puts both loads before it and both
-    #    stores after it. Double buffer: the stores go to a second stage of shared memory, so that
-    #    one barrier a tile is enough.
+    #    stores after it. Double buffer: the stores go to a second stage of shared memory, and do
+    #    not wait for the last thread to have read the first.
     if c.prefetch:
         for block in (a, windows):
             sch.annotate(block, "tirx.manifest_shared_memory_local_stage", 1)
