@@ -236,8 +236,9 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
 
     # 3. Inside the block: reduction outside, pixels and channel vectors unrolled, so that every
     #    accumulator has a constant index and LLVM keeps it in a register for the whole reduction.
-    *_, mi, qi, i = _spatial(sch, conv)
-    reduction = _reduction(sch, conv)
+    reductions = 2 if problem.dilation[1] == 1 else 3  # see convolution_blocked
+    *_, mi, qi, i = sch.get_loops(conv)[:-reductions]
+    reduction = sch.get_loops(conv)[-reductions:]
     iv, il = sch.split(i, [c.vectors, c.lanes])
     if c.unroll > 1:
         k, step = sch.split(reduction[-1], [None, c.unroll])
@@ -260,22 +261,6 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
         sch.reorder(u, col)
 
     return sch.mod["main"]
-
-
-def _spatial(sch, block):
-    """Loops of the block that are not reductions, outermost first."""
-    count = len(_reduction_vars(sch, block))
-    return sch.get_loops(block)[:-count]
-
-
-def _reduction(sch, block):
-    return sch.get_loops(block)[-len(_reduction_vars(sch, block)) :]
-
-
-def _reduction_vars(sch, block):
-    from tvm.tirx import IterVar
-
-    return [v for v in sch.get(block).iter_vars if v.iter_type == IterVar.CommReduce]
 
 
 SCHEDULE = CpuBlocked()
