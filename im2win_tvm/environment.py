@@ -90,11 +90,11 @@ def _nvidia_smi() -> dict[str, str] | None:
 def git_commit() -> str | None:
     """The commit of the source tree this package runs from, ``+changes`` if it was edited.
 
-    None where the package is installed or git is absent.
+    Where the package is installed or git is absent: what $IM2WIN_COMMIT says, or None.
     """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists() or shutil.which("git") is None:
-        return None
+        return os.environ.get("IM2WIN_COMMIT")
 
     def git(*arguments: str) -> str:
         done = subprocess.run(

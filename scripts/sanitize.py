@@ -8,17 +8,20 @@ reports an error or an output is wrong.
 """
 
 import argparse
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 
 import im2win_tvm
-from im2win_tvm import builds, reference, tensors, toolchain
+from im2win_tvm import builds, environment, reference, tensors, toolchain
 from im2win_tvm.epilogue import NONE, Epilogue
 from im2win_tvm.problem import ConvProblem
 from im2win_tvm.target import resolve
@@ -101,6 +104,7 @@ def watched(sanitizer: str, tool: str, folder: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tools", default=",".join(TOOLS), help="default: %(default)s")
+    parser.add_argument("--record", type=Path, help="write what ran, and what failed, as JSON")
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
@@ -117,6 +121,20 @@ def main() -> int:
             if watched(sanitizer, tool, Path(folder)):
                 failed.append(tool)
     print(f"failed: {', '.join(failed)}" if failed else "no errors")
+    if options.record:
+        record = {
+            "format": 1,
+            "kind": "compute-sanitizer",
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": shlex.join(["python", *sys.argv]),
+            "device": environment.device_slug(resolve("cuda")),
+            "environment": environment.describe(),
+            "schedules": FORMS,
+            "problems": [str(problem) for problem, _ in CASES],
+            "tools": {t: "failed" if t in failed else "clean" for t in options.tools.split(",")},
+        }
+        options.record.parent.mkdir(parents=True, exist_ok=True)
+        options.record.write_text(json.dumps(record, indent=1) + "\n")
     return 1 if failed else 0
 
 

@@ -1,7 +1,20 @@
-"""Markers: `slow` runs with --slow only, `gpu` where PyTorch sees a CUDA device."""
+"""Markers: `slow` runs with --slow only, `gpu` where PyTorch sees a CUDA device.
+
+--record FILE writes what ran where, and what failed, as JSON: the evidence for runs that not every
+machine can repeat.
+"""
+
+import json
+import sys
+import time
+from collections import Counter
+from datetime import datetime, timezone
+from pathlib import Path
+from shlex import join
 
 import pytest
 
+STARTED = pytest.StashKey()
 MARKERS = {
     "slow": "more of the same, for nightly runs: --slow runs it",
     "nvcc": "compiles with nvcc; skipped where there is none",
@@ -11,11 +24,13 @@ MARKERS = {
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+    parser.addoption("--record", metavar="FILE", type=Path, help="write a JSON record of the run")
 
 
 def pytest_configure(config):
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
+    config.stash[STARTED] = time.time()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -28,6 +43,34 @@ def pytest_collection_modifyitems(config, items):
     if reason:
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    path = config.getoption("--record")
+    if path is None:
+        return
+    from im2win_tvm import environment
+    from im2win_tvm.target import resolve
+
+    outcomes = {
+        name: [report.nodeid for report in terminalreporter.getreports(name)]
+        for name in ("passed", "failed", "error", "skipped")
+    }
+    passed = Counter(nodeid.split("[")[0] for nodeid in outcomes["passed"])
+    record = {
+        "format": 1,
+        "kind": "tests",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": join(["python", "-m", "pytest", *sys.argv[1:]]),
+        "device": environment.device_slug(resolve()),
+        "environment": environment.describe(),
+        "seconds": round(time.time() - config.stash[STARTED], 1),
+        "counts": {name: len(nodeids) for name, nodeids in outcomes.items()},
+        "passed": dict(sorted(passed.items())),
+        **{name: outcomes[name] for name in ("failed", "error", "skipped")},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _no_gpu():
