@@ -90,7 +90,7 @@ def _nvidia_smi() -> dict[str, str] | None:
 def git_commit() -> str | None:
     """The commit of the source tree this package runs from, ``+changes`` if it was edited.
 
-    Where the package is installed or git is absent: what $IM2WIN_COMMIT says, or None.
+    Where git cannot tell (no git, an installed package): what $IM2WIN_COMMIT says, or None.
     """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists() or shutil.which("git") is None:
@@ -104,7 +104,7 @@ def git_commit() -> str | None:
 
     commit = git("rev-parse", "HEAD")
     if not commit:
-        return None
+        return os.environ.get("IM2WIN_COMMIT")
     return commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
