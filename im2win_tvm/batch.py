@@ -15,6 +15,9 @@ rest of its line a comment:
 ``--batch=FILE``          another list, relative to this one
 ========================  =================================================================
 
+Under any other option or value (backward passes, attributes, other dtypes) cases are read, and say
+in `unsupported` why they are not the problem that benchdnn would run.
+
 A line that opens with ``{`` is a JSON object instead: ``n c h w`` input, ``k r s`` filters, and
 where they differ from the default ``stride``, ``dil`` ([height, width], 1 is dense), ``pad``
 ([top, left, bottom, right]; ``pad_ops`` replaces it where it has negatives), ``groups``, ``name``.
@@ -57,13 +60,21 @@ class BatchError(ValueError):
     """A problem list that cannot be read; the message opens with file:line."""
 
 
+class _Unsupported(BatchError):
+    """An option of benchdnn that this package has no counterpart for."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """One problem of a list. ``name`` is the list's or the descriptor; ``origin`` file:line."""
+    """One problem of a list. ``name`` is the list's or the descriptor; ``origin`` file:line.
+
+    ``unsupported`` names the options in force that ask for something else than this problem.
+    """
 
     problem: ConvProblem
     name: str
     origin: str
+    unsupported: str | None = None
 
 
 @dataclass
@@ -74,6 +85,8 @@ class _Options:
     dtypes: list[str | None] = field(default_factory=lambda: [None])
     source_tags: list[str] = field(default_factory=lambda: ["any"])
     target_tags: list[str] = field(default_factory=lambda: ["any"])
+    # Messages by option name.
+    unsupported: dict[str, str] = field(default_factory=dict)
 
 
 def read_problems(
@@ -87,7 +100,7 @@ def read_problems(
 
     ``dtype`` and ``layout`` (None: channels first) hold where the file does not say; ``batch``
     overrides every batch size. Raises BatchError, at the line it reaches, for what cannot be
-    read, is not supported or is no problem.
+    read or is no problem.
     """
     reader = _Reader(dtype, layout, batch)
     yield from reader.read(Path(path), str(path))
@@ -139,6 +152,14 @@ class _Reader:
                 )
 
     def _option(self, word: str, origin: str) -> None:
+        name = word.partition("=")[0]
+        try:
+            self._set(word, origin)
+            self._options.unsupported.pop(name, None)
+        except _Unsupported as error:
+            self._options.unsupported[name] = str(error)
+
+    def _set(self, word: str, origin: str) -> None:
         name, equals, value = word.partition("=")
         options = self._options
 
@@ -146,7 +167,7 @@ class _Reader:
             return [convert(entry) for entry in value.split(",")]
 
         def refuse(allowed: str) -> BatchError:
-            return BatchError(f"{origin}: option {word!r}: allowed: {allowed}")
+            return _Unsupported(f"{origin}: option {word!r}: allowed: {allowed}")
 
         def one_of(*allowed: str) -> Callable[[str], str]:
             def check(entry: str) -> str:
@@ -164,7 +185,8 @@ class _Reader:
 
         def size(entry: str) -> int:
             if re.fullmatch("[0-9]{1,18}", entry) is None:
-                raise refuse("--mb=N with N of 0 or more, or a comma list of these")
+                allowed = "--mb=N with N of 0 or more, or a comma list of these"
+                raise BatchError(f"{origin}: option {word!r}: allowed: {allowed}")
             return int(entry)
 
         if word == "--reset":
@@ -212,7 +234,7 @@ class _Reader:
                 name = title() or str(problem)
             except ProblemError as error:
                 raise BatchError(f"{origin}: {error}") from error
-            yield Case(problem, name, origin)
+            yield Case(problem, name, origin, "; ".join(options.unsupported.values()) or None)
 
     def _tagged(self, source: str, target: str, rank: int, origin: str) -> str | None:
         """The layout that two tags ask for, None where both leave it open."""

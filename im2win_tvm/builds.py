@@ -16,7 +16,7 @@ from . import artifact, compiler
 from .epilogue import NONE, Epilogue
 from .kernel import Kernel
 from .problem import ConvProblem
-from .schedules import ScheduleError
+from .schedules import Schedule, ScheduleError
 from .target import CudaTarget, Target
 from .toolchain import ToolchainError
 
@@ -29,7 +29,7 @@ class Request:
 
     problem: ConvProblem
     target: Target
-    schedule: str | None = None
+    schedule: str | Schedule | None = None
     config: Any = None
     epilogue: Epilogue = NONE
 

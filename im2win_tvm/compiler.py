@@ -12,7 +12,7 @@ from .epilogue import NONE, Epilogue
 from .kernel import Kernel
 from .lower import calls, cuda_source, function_parameters, lower, write_objects
 from .problem import ConvProblem
-from .schedules.base import PREPARE
+from .schedules.base import PREPARE, Schedule
 from .select import Choice, select
 from .target import CpuTarget, Target, resolve
 
@@ -24,7 +24,7 @@ def compile(
     target: str | Target | None = None,
     *,
     arch: str | None = None,
-    schedule: str | None = None,
+    schedule: str | Schedule | None = None,
     config: Any = None,
     bias: bool = False,
     residual: bool = False,
@@ -33,7 +33,8 @@ def compile(
     """Build a kernel for one problem.
 
     target, arch: see `im2win_tvm.target.resolve`; CUDA kernels are built without a GPU when
-    `arch` is given. schedule, config: by name and as a Config or dict, chosen by `select` if None.
+    `arch` is given. schedule, config: by name (or a Schedule) and as a Config or dict, chosen by
+    `select` if None.
     bias, residual, activation: what the kernel adds and applies before it stores (see Epilogue).
 
     Raises TargetError, ScheduleError or ToolchainError, each saying what is allowed or missing.

@@ -18,18 +18,25 @@ class Choice:
 
 
 def select(
-    problem: ConvProblem, target: Target, schedule: str | None = None, config: Any = None
+    problem: ConvProblem,
+    target: Target,
+    schedule: str | Schedule | None = None,
+    config: Any = None,
 ) -> Choice:
-    """The named schedule, or the first that takes the problem; its heuristic if no `config`.
+    """The schedule asked for, or the first that takes the problem; its heuristic if no `config`.
 
-    config: the schedule's own Config, or a dict of its fields, of which missing ones take the
-    heuristic's value. Raises ScheduleError with the reasons if nothing fits.
+    schedule: the name of one in SCHEDULES, or any Schedule. config: the schedule's own Config, or
+    a dict of its fields, of which missing ones take the heuristic's value. Raises ScheduleError
+    with the reasons if nothing fits.
     """
-    if schedule is not None and schedule not in SCHEDULES:
+    if isinstance(schedule, str) and schedule not in SCHEDULES:
         raise ScheduleError(f"schedule={schedule!r}: allowed are {', '.join(SCHEDULES)}")
     rejected = {}
-    for name in [schedule] if schedule else SCHEDULES:
-        candidate = SCHEDULES[name]
+    candidates = SCHEDULES
+    if schedule is not None:
+        named = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
+        candidates = {named.name: named}
+    for name, candidate in candidates.items():
         reason = candidate.supports(problem, target)
         if reason is not None:
             rejected[name] = reason

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from itertools import islice
 from pathlib import Path
 
@@ -120,17 +121,8 @@ def test_json_rows(listed):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--attr-post-ops=relu", "option '--attr-post-ops=relu': allowed: --mb= --dt="),
-        ("--verbose", "option '--verbose': allowed"),
-        ("--skip-impl", "option '--skip-impl'"),
-        ("--dir=BWD_D", r"option '--dir=BWD_D': allowed: --dir=fwd_b\|fwd_d\|fwd_i"),
-        ("--dir=FWD_B,BWD_D", "option '--dir=FWD_B,BWD_D'"),
-        ("--alg=wino", r"option '--alg=wino': allowed: --alg=direct\|auto"),
-        ("--dt=bf16", r"option '--dt=bf16': allowed: --dt=f32\|f16"),
-        ("--dt=f16:f16:f32", "option '--dt=f16:f16:f32': allowed"),
         ("--mb=-1", "option '--mb=-1': allowed: --mb=N"),
         ("--mb=2,", "option '--mb=2,': allowed"),
-        ("--stag=aBcd8b", r"option '--stag=aBcd8b': allowed: --stag=any\|abx"),
         ("--stag=abx --dtag=axb ic3ih8oc4kh3", "--stag=abx with --dtag=axb"),
         ("--stag=acb ic3ih8oc4kh3", "tag 'acb' has 3 axes; allowed: .* of 4 axes"),
         ("ic3ih8oc4", "'ic3ih8oc4': kh is missing"),
@@ -153,6 +145,34 @@ def test_errors_name_file_and_line(listed, tmp_path, line, message):
     with pytest.raises(BatchError, match=message) as caught:
         listed("ic3ih8oc4kh3\n" + line)
     assert str(caught.value).startswith(f"{tmp_path / 'list'}:2: ")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--attr-post-ops=relu", "option '--attr-post-ops=relu': allowed: --mb= --dt="),
+        ("--verbose", "option '--verbose': allowed"),
+        ("--skip-impl", "option '--skip-impl'"),
+        ("--dir=BWD_D", r"option '--dir=BWD_D': allowed: --dir=fwd_b\|fwd_d\|fwd_i"),
+        ("--dir=FWD_B,BWD_D", "option '--dir=FWD_B,BWD_D'"),
+        ("--alg=wino", r"option '--alg=wino': allowed: --alg=direct\|auto"),
+        ("--dt=bf16", r"option '--dt=bf16': allowed: --dt=f32\|f16"),
+        ("--dt=f16:f16:f32", "option '--dt=f16:f16:f32': allowed"),
+        ("--stag=aBcd8b", r"option '--stag=aBcd8b': allowed: --stag=any\|abx"),
+    ],
+)
+def test_cases_under_an_unsupported_option_say_so(listed, tmp_path, option, message):
+    """They are still read, for a list goes on after them; --reset ends it."""
+    text = f"ic3ih8oc4kh3\n{option} ic3ih8oc4kh3\nic3ih9oc4kh3 --reset ic3ih8oc4kh3"
+    first, second, third, last = listed(text)
+    assert first.unsupported is None and last.unsupported is None
+    assert re.match(f"{re.escape(str(tmp_path / 'list'))}:2: {message}", second.unsupported)
+    assert third.unsupported == second.unsupported
+
+
+def test_a_supported_value_ends_an_unsupported_one(listed):
+    backward, forward = listed("--dir=BWD_D ic3ih8oc4kh3 --dir=FWD_D ic3ih8oc4kh3")
+    assert "--dir=BWD_D" in backward.unsupported and forward.unsupported is None
 
 
 def test_layout_of_another_rank_is_refused(listed):

@@ -277,8 +277,10 @@ def test_run_and_its_record():
 def test_competitors_compute_the_problem(layout, padding):
     pytest.importorskip("torch")
     problem = SMALL.replace(layout=layout, padding=padding, in_channels=4, out_channels=6, groups=2)
-    entries = [entry for family in baselines.COMPETITORS.values() for entry in family]
-    record = run({"small": problem}, resolve("llvm"), entries, BRIEF)
+    target = resolve("llvm")
+    families = list(baselines.DEFAULT)
+    entries = [entry for family in families for entry in baselines.COMPETITORS[family]]
+    record = run({"small": problem}, target, entries, BRIEF)
     statuses = {e["name"]: e["status"] for e in record["layers"][0]["implementations"]}
     assert statuses == {"tvm": "ok", "torch nchw": "ok", "torch nhwc": "ok"}, record["layers"]
 
@@ -353,8 +355,8 @@ def test_missing_pytorch_is_a_gap(monkeypatch):
     )
     assert not failures(record)
     assert (
-        "- torch nchw (small): PyTorch is not installed (pip install 'im2win_tvm[torch]')"
-        in report.text(record)
+        "- torch nchw, torch nhwc (small): PyTorch is not installed "
+        "(pip install 'im2win_tvm[torch]')" in report.text(record)
     )
 
 
@@ -386,5 +388,5 @@ def test_a_record_without_a_best_is_printed(record):
         for entry in layer["implementations"]:
             entry.pop("times", None)
             entry |= {"status": "failed", "reason": "wrong"}
-    assert "FAILED fast (all layers): wrong" in report.text(emptied)
+    assert "FAILED fast, slow, tvm, torch nchw (all layers): wrong" in report.text(emptied)
     assert report.markdown(emptied).splitlines()[-1] == "| geomean |  |  |  |"

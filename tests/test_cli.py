@@ -197,6 +197,26 @@ def test_bench(im2win, tmp_path):
     assert chart.stat().st_size > 0
 
 
+def test_bench_against_a_list(im2win, tmp_path):
+    table = tmp_path / "table.csv"
+    result = im2win(
+        "bench", SMALL, "--target", "llvm", "--against", "direct, cublas,cudnn", "--csv", table
+    )
+    assert result.exit_code == 0, result.output
+    assert "- direct (" in result.stdout
+    rows = table.read_text().splitlines()
+    assert [row.split(",")[5] for row in rows[1:4]] == ["cpu_blocked", "direct", "cublas"]
+    assert len(rows) == 1 + 3 + 16
+
+
+def test_bench_has_no_roofline_of_a_cpu(im2win, tmp_path):
+    path = tmp_path / "roofline.png"
+    result = im2win("bench", SMALL, "--target", "llvm", "--roofline", path)
+    assert result.exit_code == 2
+    assert "ceilings are measured on cuda only" in result.stderr
+    assert not path.exists()
+
+
 def test_bench_of_a_wrong_kernel(im2win, broken):
     result = im2win("bench", SMALL, "--target", "llvm", "--against", "none")
     assert result.exit_code == 1
@@ -239,6 +259,7 @@ def test_refusals_are_one_line(im2win, arguments, message):
         ("verify", SMALL, "--jobs", 0),
         ("verify", SMALL, "--schedule", "cpu_blocked", "--all-schedules"),
         ("bench", SMALL, "--target", "llvm", "--against", "mkl"),
+        ("bench", SMALL, "--target", "llvm", "--against", "tvm,mkl"),
         ("export", SMALL, "-o", "x.so", "--activation", "gelu"),
         ("inspect", SMALL, "--target", "llvm", "--ptx"),
     ],

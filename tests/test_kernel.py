@@ -1,21 +1,17 @@
 """Calling a kernel: whose memory is used, what is refused, and what may happen at once."""
 
-import ctypes
 import itertools
 import math
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 from problems import DTYPES, LAYOUTS
 
 import im2win_tvm
-from im2win_tvm import ArgumentError, reference, tensors, toolchain
+from im2win_tvm import ArgumentError, reference, tensors
 from im2win_tvm.problem import ConvProblem
 
 PROBLEM = ConvProblem(2, 3, (9, 11), 5, (3, 2), (2, 1), ((1, 0), (2, 1)))
@@ -310,88 +306,6 @@ def test_a_forked_child_computes_too():
         finally:
             if not waiting.done():
                 os.kill(child, 9)
-
-
-COUNTER = """
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <pthread.h>
-#include <stdlib.h>
-static pthread_mutex_t guard = PTHREAD_MUTEX_INITIALIZER;
-static struct { void *start; size_t bytes; } known[64];
-size_t counting, live, peak;
-void *aligned_alloc(size_t alignment, size_t bytes) {
-  void *start = ((void *(*)(size_t, size_t))dlsym(RTLD_NEXT, "aligned_alloc"))(alignment, bytes);
-  pthread_mutex_lock(&guard);
-  for (int i = 0; counting && i < 64; ++i)
-    if (!known[i].start) {
-      known[i].start = start, known[i].bytes = bytes, live += bytes;
-      if (live > peak) peak = live;
-      break;
-    }
-  pthread_mutex_unlock(&guard);
-  return start;
-}
-void free(void *start) {
-  static void (*next)(void *);
-  if (!next) next = (void (*)(void *))dlsym(RTLD_NEXT, "free");
-  if (counting && start) {
-    pthread_mutex_lock(&guard);
-    for (int i = 0; i < 64; ++i)
-      if (known[i].start == start) live -= known[i].bytes, known[i].start = NULL;
-    pthread_mutex_unlock(&guard);
-  }
-  next(start);
-}
-"""
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_workspace_is_what_a_call_takes(layout, tmp_path):
-    """Every allocation of the library counted, on one thread and on two."""
-    problem = ConvProblem(2, 12, (40, 41), 22, 3, padding=1, groups=2, layout=layout)
-    library = compiled(problem).export(tmp_path / "kernel.so")
-    (tmp_path / "counter.c").write_text(COUNTER)
-    counter = tmp_path / "counter.so"
-    toolchain.run([
-        toolchain.find_cc(), "-shared", "-fPIC", "-O1", "-o", str(counter),
-        str(tmp_path / "counter.c"), "-ldl",
-    ])  # fmt: skip
-    script = (
-        "import ctypes, sys, numpy as np, im2win_tvm\n"
-        "kernel = im2win_tvm.load(sys.argv[1])\n"
-        "p = kernel.problem\n"
-        "x, w = np.ones(p.input_shape, p.dtype), np.ones(p.weight_shape, p.dtype)\n"
-        "packed, all = kernel.prepare(w), ctypes.CDLL(None)\n"
-        "ctypes.c_size_t.in_dll(all, 'counting').value = 1\n"
-        "for _ in range(100): kernel(x, packed)\n"  # both threads are at work in one of them
-        "print(ctypes.c_size_t.in_dll(all, 'peak').value, kernel.workspace_bytes)\n"
-    )
-    for threads in (1, 2):
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(threads),
-            "LD_PRELOAD": str(counter),
-            "PYTHONPATH": str(Path(im2win_tvm.__file__).parents[1]),
-        }
-        text = subprocess.run(
-            [sys.executable, "-c", script, str(library)],
-            env=environment, check=True, capture_output=True, text=True,
-        ).stdout  # fmt: skip
-        taken, claimed = map(int, text.split())
-        assert 0 < taken <= claimed <= 1.2 * taken + 4096 * threads
-
-
-def test_workspace_counts_the_threads_that_will_run():
-    kernel = compiled()
-    each = kernel.metadata["scratch_bytes_per_thread"]
-    openmp = ctypes.CDLL("libgomp.so.1")
-    before = openmp.omp_get_max_threads()
-    try:
-        for threads in (1, 5):
-            openmp.omp_set_num_threads(threads)
-            assert kernel.workspace_bytes == threads * each > 0
-    finally:
-        openmp.omp_set_num_threads(before)
 
 
 def test_metadata_says_what_was_built():

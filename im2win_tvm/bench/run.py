@@ -15,7 +15,7 @@ from .. import environment
 from ..builds import Request, build_all, default_jobs
 from ..problem import ConvProblem
 from ..target import Target
-from . import timing
+from . import ceilings, timing
 from .baselines import Implementation, Prepared
 from .baselines.im2win import Im2win
 from .operands import Operands, operands_for
@@ -67,6 +67,8 @@ def run(
         "layers": [],
     }
     _build_ahead(problems.values(), target, implementations, progress)
+    if target.kind == "cuda":
+        record["ceilings"] = ceilings.measure(clock, limits)
     for name, problem in problems.items():
         progress(name)
         measured = _measure(problem, target, implementations, clock, limits)
@@ -135,7 +137,10 @@ def _build_ahead(
         for entry in implementations
         if isinstance(entry, Im2win) and entry.available(problem, target) is None
     ]
-    requests = [Request(problem, target, entry.name, entry.config) for entry, problem in wanted]
+    requests = [
+        Request(problem, target, entry.schedule, entry.config_for(problem, target))
+        for entry, problem in wanted
+    ]
     built = build_all(requests, min(jobs, len(requests)) or 1)
     for (entry, problem), kernel in zip(wanted, built, strict=True):
         progress(f"build {entry.name}")

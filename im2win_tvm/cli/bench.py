@@ -52,22 +52,32 @@ def bench(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            "--against", help="tvm, torch or none; may be given several times. Default: all."
+            "--against",
+            help="Comma-separated: cudnn, cublas, direct (cuda only), tvm, torch, or none. "
+            "Default: tvm,torch.",
         ),
     ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the record as JSON.")
     ] = None,
+    csv_path: Annotated[
+        Path | None,
+        typer.Option("--csv", metavar="FILE", help="Write one row an implementation and layer."),
+    ] = None,
     png: Annotated[
         Path | None, typer.Option("--png", metavar="FILE", help="Write a chart of the record.")
     ] = None,
+    roofline_path: Annotated[
+        Path | None,
+        typer.Option("--roofline", metavar="FILE", help="Write a roofline as PNG (cuda only)."),
+    ] = None,
 ) -> None:
-    """Measure convolutions against TVM's default and PyTorch.
+    """Measure convolutions against TVM's default and PyTorch, or others by --against.
 
     Every output is checked against a float64 reference in the same run. Exits with 1 if an
     implementation fails its check; a competitor that is not installed is a gap in the table.
     """
-    from ..bench import chart, report
+    from ..bench import chart, report, roofline, rows
     from ..bench.baselines import implementations
     from ..bench.baselines.im2win import Im2win
     from ..bench.run import failures, run
@@ -82,7 +92,12 @@ def bench(
         known_schedule(schedule, resolved.kind),
         parse_config(config, schedule),
     )
-    for path in (json_path, png):
+    if roofline_path is not None and resolved.kind != "cuda":
+        raise typer.BadParameter(
+            f"roofline={str(roofline_path)!r}: ceilings are measured on cuda only; the target is "
+            f"{resolved.kind}"
+        )
+    for path in (json_path, csv_path, png, roofline_path):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
     ours = sum(isinstance(entry, Im2win) for entry in contenders)
@@ -92,6 +107,10 @@ def bench(
     print(report.text(record))
     if json_path is not None:
         json_path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    if csv_path is not None:
+        csv_path.write_text(rows.text(record))
+    if roofline_path is not None:
+        roofline.draw(record, roofline_path)
     if png is not None:
         chart.draw(record, png)
     if failures(record):
@@ -123,9 +142,10 @@ def _families(against: list[str] | None) -> list[str] | None:
 
     if not against:
         return None
-    for family in against:
+    asked = [family.strip() for entry in against for family in entry.split(",")]
+    for family in asked:
         if family not in (*COMPETITORS, "none"):
             raise typer.BadParameter(
                 f"against={family!r}: allowed: {', '.join(COMPETITORS)} or none"
             )
-    return [family for family in dict.fromkeys(against) if family != "none"]
+    return [family for family in dict.fromkeys(asked) if family != "none"]

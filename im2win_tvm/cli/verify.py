@@ -118,7 +118,7 @@ def verify(
         emulate,
     )
     listed = list(_problems(problems or [], batch or [], suite, mb, dtype, layout))
-    plan = [planned for problem in listed for planned in wanted.plan(problem)]
+    plan = [planned for problem, reason in listed for planned in wanted.plan(problem, reason)]
     results = []
     # In a terminal the results themselves are the progress.
     watched = nullcontext(lambda what: None) if sys.stdout.isatty() else progress(len(plan))
@@ -142,17 +142,19 @@ def _problems(
     mb: int | None,
     dtype: str,
     layout: str | None,
-) -> Iterator[ConvProblem]:
+) -> Iterator[tuple[ConvProblem, str | None]]:
+    """The problems, each with the reason not to run it or None."""
     from ..batch import read_problems
     from ..suites import suite
 
     for text in texts:
-        yield parse_problem(text, dtype, layout, mb)[1]
+        yield parse_problem(text, dtype, layout, mb)[1], None
     if suite_name is not None:
-        yield from suite(suite_name, mb, dtype, layout).values()
+        for problem in suite(suite_name, mb, dtype, layout).values():
+            yield problem, None
     for path in lists:
         for case in read_problems(path, dtype=dtype, layout=layout, batch=mb):
-            yield case.problem
+            yield case.problem, case.unsupported
 
 
 class _Planned(NamedTuple):
@@ -175,12 +177,12 @@ class _Wanted:
     seed: int
     emulate: bool
 
-    def plan(self, problem: ConvProblem) -> list[_Planned]:
+    def plan(self, problem: ConvProblem, reason: str | None = None) -> list[_Planned]:
         """The kernels of one problem, or the reason why there is none."""
         from ..schedules import SCHEDULES, ScheduleError
         from ..select import select
 
-        reason = self._too_large(problem)
+        reason = reason or self._too_large(problem)
         if reason is not None:
             return [_Planned(problem, self.schedule, reason)]
         if self.every:

@@ -5,17 +5,25 @@ from __future__ import annotations
 from ...schedules import SCHEDULES
 from ...target import Target
 from .base import Implementation, Prepared
+from .cublas import Cublas
+from .cudnn import CUDNN
+from .direct import Direct
 from .im2win import Im2win
 from .torch_conv import Torch
 from .tvm_default import TvmDefault
 
-__all__ = ["COMPETITORS", "Implementation", "Prepared", "implementations"]
+__all__ = ["COMPETITORS", "DEFAULT", "Implementation", "Prepared", "implementations"]
 
 #: The competitors by family.
 COMPETITORS: dict[str, tuple[Implementation, ...]] = {
+    "cudnn": CUDNN,
+    "cublas": (Cublas(),),
+    "direct": (Direct(),),
     "tvm": (TvmDefault(),),
     "torch": (Torch(channels_last=False), Torch(channels_last=True)),
 }
+#: What is measured unless something else is asked for: they exist for every target.
+DEFAULT = ("tvm", "torch")
 
 
 def implementations(
@@ -26,13 +34,13 @@ def implementations(
 ) -> list[Implementation]:
     """The project's schedules for the target, then the competitors.
 
-    against: families to measure against (None: all). schedule, config: only this schedule, with
-    this configuration instead of the heuristic's.
+    against: families to measure against (None: DEFAULT). schedule, config:
+    only this schedule, with this configuration instead of the heuristic's.
     """
     ours = [
         Im2win(name, config)
         for name, candidate in SCHEDULES.items()
         if (candidate.kind == target.kind if schedule is None else name == schedule)
     ]
-    families = list(COMPETITORS) if against is None else against
+    families = DEFAULT if against is None else against
     return [*ours, *(entry for family in families for entry in COMPETITORS[family])]

@@ -7,25 +7,36 @@ from typing import Any
 from ... import compiler
 from ...kernel import Kernel
 from ...problem import ConvProblem
-from ...schedules import SCHEDULES
+from ...schedules import SCHEDULES, Schedule
 from ...target import Target
 from ..operands import Operands
 from .base import Prepared
 
 
 class Im2win:
-    """One schedule, with the heuristic's configuration unless one is given."""
+    """One schedule, with the heuristic's configuration unless one is given.
+
+    schedule: by name, or one that is not in SCHEDULES. name: the schedule's unless given.
+    """
 
     family = "im2win"
     relative_limit = None
 
-    def __init__(self, schedule: str, config: dict | None = None) -> None:
-        self.name = schedule
+    def __init__(
+        self, schedule: str | Schedule, config: Any = None, name: str | None = None
+    ) -> None:
+        self.schedule = schedule
         self.config = config
+        self._schedule = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
+        self.name = self._schedule.name if name is None else name
         self._built: dict[ConvProblem, Kernel | Exception] = {}
 
     def available(self, problem: ConvProblem, target: Target) -> str | None:
-        return SCHEDULES[self.name].supports(problem, target)
+        return self._schedule.supports(problem, target)
+
+    def config_for(self, problem: ConvProblem, target: Target) -> Any:
+        """The configuration for a problem; None is the heuristic's."""
+        return self.config
 
     def provide(self, problem: ConvProblem, built: Kernel | Exception) -> None:
         """A kernel built beforehand, or the error it met, for `prepare` to use once."""
@@ -34,7 +45,10 @@ class Im2win:
     def prepare(self, operands: Operands, target: Target) -> Prepared:
         problem = operands.problem
         kernel = self._built.pop(problem, None) or compiler.compile(
-            problem, target, schedule=self.name, config=self.config
+            problem,
+            target,
+            schedule=self.schedule,
+            config=self.config_for(problem, target),
         )
         if isinstance(kernel, Exception):
             raise kernel

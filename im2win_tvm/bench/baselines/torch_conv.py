@@ -59,7 +59,7 @@ class Torch:
             y = y.movedim(1, -1) if problem.channels_last else y
             return y.numpy() if on_cpu else y
 
-        workspace = None if on_cpu else _peak_above(call)
+        workspace = None if on_cpu else peak_above(call)
         return Prepared(call, workspace, detail, view)
 
 
@@ -81,7 +81,7 @@ def _call(problem: ConvProblem, x: Any, w: Any) -> Any:
     return call
 
 
-def _peak_above(call: Any) -> int:
+def peak_above(call: Any) -> int:
     """Peak of PyTorch's CUDA memory during a call, in bytes above what is there after it."""
     import torch
 

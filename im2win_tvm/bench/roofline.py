@@ -1,0 +1,76 @@
+"""A record under the device's two ceilings: arithmetic rate by FLOP a byte, one point a layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from . import report, units
+from .rivals import fastest, median_us
+
+__all__ = ["RooflineError", "attainable", "draw", "points"]
+
+
+class RooflineError(ValueError):
+    """A record without measured ceilings."""
+
+
+def attainable(intensity: float, ceilings: dict[str, Any]) -> float:
+    """TFLOPS under both ceilings at `intensity` FLOP a byte."""
+    return min(ceilings["sgemm"]["tflops"], intensity * ceilings["copy"]["gb_s"] / 1e3)
+
+
+def points(record: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """(layer, FLOP a byte of input, weights and output once, TFLOPS) of our best."""
+    found = []
+    for layer in record["layers"]:
+        ours = fastest(layer, ("im2win",))
+        if ours is not None:
+            rate = units.throughput(layer["flops"], median_us(ours), "TFLOPS")
+            found.append((layer["name"], layer["flops"] / layer["min_bytes"], rate))
+    return found
+
+
+def draw(record: dict[str, Any], path: str | Path) -> None:
+    """Write the roofline as PNG. Raises RooflineError where no ceilings were measured."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    ceilings = record.get("ceilings")
+    if ceilings is None:
+        kind = record["target"]["kind"]
+        raise RooflineError(f"roofline: ceilings are measured on cuda only; the record is {kind}")
+    measured = points(record)
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    ridge = ceilings["sgemm"]["tflops"] * 1e3 / ceilings["copy"]["gb_s"]
+    reach = [ridge, *(intensity for _, intensity, _ in measured)]
+    low, high = min(reach) / 2, max(reach) * 2
+    ends = [low, ridge, high]
+    axes.plot(ends, [attainable(at, ceilings) for at in ends], color="black", label="ceilings")
+    for name, intensity, rate in measured:
+        axes.plot(intensity, rate, "o", color="C0")
+        axes.annotate(
+            name,
+            (intensity, rate),
+            (0, -8),
+            textcoords="offset points",
+            fontsize=7,
+            rotation=60,
+            ha="right",
+            va="top",
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("FLOP a byte (input, weights and output once)")
+    axes.set_ylabel("TFLOPS")
+    sgemm, copy = ceilings["sgemm"], ceilings["copy"]
+    axes.set_title(
+        f"{report.device_line(record)}\n{sgemm['what']}: {sgemm['tflops']:.1f} TFLOPS; "
+        f"{copy['what']}: {copy['gb_s']:.0f} GB/s",
+        fontsize=8,
+    )
+    axes.grid(which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, format="png", dpi=150)

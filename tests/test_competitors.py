@@ -1,0 +1,255 @@
+"""The direct convolution and im2col, what they compute; and what a report says of all rivals."""
+
+import copy
+
+import numpy as np
+import pytest
+from problems import odd_problems, problem_id
+
+from im2win_tvm import builds, emulate, reference, tensors
+from im2win_tvm.bench import baselines, ceilings, report, rivals, roofline, rows, timing
+from im2win_tvm.bench.baselines import cublas
+from im2win_tvm.bench.baselines.direct import DIRECT, Config, Direct
+from im2win_tvm.bench.run import run
+from im2win_tvm.epilogue import Epilogue
+from im2win_tvm.lower import cuda_source, lower
+from im2win_tvm.problem import ConvProblem
+from im2win_tvm.schedules import SCHEDULES, ScheduleError
+from im2win_tvm.select import select
+from im2win_tvm.target import CudaTarget, resolve
+
+CUDA = CudaTarget("sm_90")
+SMALL = ConvProblem(2, 6, (9, 8), 10, 3, stride=2, padding=1, groups=2)
+
+
+@pytest.mark.parametrize("problem", odd_problems(21, 16, most_work=300_000), ids=problem_id)
+def test_direct_convolution(problem):
+    made = tensors.fill(problem, "normal", 3, True, True)
+    given = made._asdict()
+    epilogue = Epilogue(True, True, "relu")
+    actual = emulate.run(DIRECT, problem, Config(32), CUDA, given, epilogue)
+    expected = reference.conv2d(*made[:2], problem, *made[2:], "relu")
+    result = tensors.check(actual, expected, problem, "normal")
+    assert result.ok, result.message
+
+
+def test_direct_convolution_is_one_output_a_thread_without_shared_memory():
+    source = cuda_source(lower(DIRECT.build(SMALL, DIRECT.default(SMALL, CUDA), CUDA)), CUDA)
+    assert "__launch_bounds__(256) im2win_conv_kernel(" in source
+    assert "__shared__" not in source
+    assert "conv_local_ptr[1]" in source
+
+
+def test_direct_convolution_is_no_schedule_of_ours():
+    assert "direct" not in SCHEDULES
+    assert Direct().family == "direct"
+    assert select(SMALL, CUDA, DIRECT).schedule is DIRECT
+    assert DIRECT.supports(SMALL, resolve("llvm")) == "target=llvm: direct is for cuda"
+    for threads in (0, 1025, True, 2.0):
+        with pytest.raises(ScheduleError, match="threads="):
+            select(SMALL, CUDA, DIRECT, {"threads": threads})
+    request = builds.Request(SMALL, CUDA, DIRECT)
+    assert request.schedule.name == "direct"
+
+
+@pytest.mark.parametrize("way", [cublas.unfold_and_matmul, cublas.conv2d_without_cudnn])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_im2col(way, groups):
+    torch = pytest.importorskip("torch")
+    problem = SMALL.replace(groups=groups, dilation=(1, 2), padding=(0, 2))
+    made = tensors.fill(problem, "normal", 4)
+    y = way(problem, torch.from_numpy(made.x), torch.from_numpy(made.w))()
+    np.testing.assert_allclose(y, reference.conv2d(made.x, made.w, problem), atol=1e-4)
+
+
+def test_im2col_of_the_whole_batch_where_pytorch_has_another_backend():
+    torch = pytest.importorskip("torch")
+    made = tensors.fill(SMALL, "normal", 4)
+    x, w = torch.from_numpy(made.x), torch.from_numpy(made.w)
+    call, how = cublas.choose(SMALL, x, w)
+    assert how == "unfold and matmul over the whole batch"
+    assert tuple(call().shape) == SMALL.output_shape
+    # PyTorch's private name of the choice is still there.
+    plain = SMALL.replace(groups=1)
+    made = tensors.fill(plain, "normal", 4)
+    assert isinstance(
+        cublas._backend(plain, torch.from_numpy(made.x), torch.from_numpy(made.w)), str
+    )
+
+
+def test_cuda_only_families_are_gaps_elsewhere():
+    llvm = resolve("llvm")
+    assert {entry.family for entry in baselines.implementations(llvm)[1:]} == set(baselines.DEFAULT)
+    entries = baselines.implementations(llvm, ["cudnn", "cublas", "direct"])[1:]
+    brief = timing.Limits(warmup=0, seconds=0, least=1, most=1)
+    record = run({"small": SMALL}, llvm, entries, brief)
+    reasons = {e["reason"] for e in record["layers"][0]["implementations"]}
+    assert reasons == {
+        "target=llvm: cuDNN is for cuda",
+        "target=llvm: cuBLAS is for cuda",
+        "target=llvm: direct is for cuda",
+    }
+    assert "ceilings" not in record
+    # PyTorch on a CPU is no cuDNN, and a reason stands once.
+    torch_ran = copy.deepcopy(record)
+    torch_ran["layers"][0]["implementations"].append(_entry("torch nchw", "torch", 1.0))
+    assert [rival.key for rival in rivals.rivals(torch_ran)] == ["cublas", "direct", "torch"]
+    assert report.text(record).count("cuDNN is for cuda") == 1
+
+
+def _entry(name, family, us, workspace=0, status="ok", reason=None):
+    entry = {"name": name, "family": family, "status": status, "reason": reason}
+    if us is None:
+        return entry | {"status": "absent"}
+    times = {"cold": {"median_us": us, "iqr_us": 1.0, "n": 9}}
+    return entry | {"workspace_bytes": workspace, "times": times, "relative_error": 1e-7}
+
+
+def _layer(name, *entries, dtype="float32"):
+    return {
+        "name": name,
+        "problem": "mb1ic3ih8oc4kh3",
+        "dtype": dtype,
+        "layout": "NCHW",
+        "batch": 1,
+        "flops": 2_000_000_000,
+        "min_bytes": 50_000_000,
+        "implementations": list(entries),
+    }
+
+
+NO = "CudnnError: cudnnGetConvolutionForwardWorkspaceSize: CUDNN_STATUS_NOT_SUPPORTED (3000)"
+
+
+@pytest.fixture
+def record():
+    times = timing.Times(1000.0, 1.0, 9)
+    return {
+        "date": "2026-01-02T03:04:05+00:00",
+        "target": {"kind": "cuda"},
+        "environment": {
+            "git_commit": "0123456789abcdef",
+            "versions": {"python": "3.12.1", "apache-tvm": "0.27", "torch": "2.11"},
+            "cuda": {"gpu": "GPU", "nvidia_smi": {"driver_version": "580"}},
+        },
+        "protocol": {
+            "clock": "events",
+            "cache": "cold",
+            "order": "turns",
+            "limits": {"warmup": 0.2},
+        },
+        "ceilings": ceilings.describe(times, times)
+        | {"sgemm": {"what": "product", "tflops": 50.0}, "copy": {"what": "copy", "gb_s": 3000.0}},
+        "layers": [
+            _layer(
+                "one",
+                _entry("simt", "im2win", 100.0),
+                _entry("cudnn:GEMM", "cudnn", 300.0, 4096),
+                _entry("cudnn:FFT", "cudnn", 80.0, 1 << 30),
+                _entry("cudnn:DIRECT", "cudnn", None, reason=NO),
+                _entry("cublas", "cublas", 400.0, 1 << 20),
+                _entry("torch nchw", "torch", 90.0, 1 << 29),
+            ),
+            _layer(
+                "two",
+                _entry("simt", "im2win", 100.0),
+                _entry("cudnn:GEMM", "cudnn", 200.0, 4096),
+                _entry("cudnn:FFT", "cudnn", None, reason=NO),
+                _entry("cudnn:DIRECT", "cudnn", None, reason=NO),
+                _entry("cublas", "cublas", 400.0, 1 << 20),
+                _entry("torch nchw", "torch", 150.0, 0),
+            ),
+        ],
+    }
+
+
+def test_report_of_a_gpu(record):
+    lines = report.text(record).splitlines()[4:]
+    assert [line.split() for line in lines[:3]] == [
+        "layer simt us cublas us torch nchw us cudnn us cudnn algorithm best im2win TFLOPS GB/s "
+        "% of SGEMM vs cudnn best vs cudnn no workspace vs cublas vs torch im2win workspace "
+        "cudnn workspace cublas workspace torch workspace".split(),
+        "one 100.0 400.0 90.00 80.00 FFT simt 20.0 500.0 40 0.80x 3.00x 4.00x 0.90x 0 "
+        "1.0 GiB 1.0 MiB 512.0 MiB".split(),
+        "two 100.0 400.0 150.0 200.0 GEMM simt 20.0 500.0 40 1.50x 1.50x 4.00x 1.50x 0 "
+        "4.0 KiB 1.0 MiB 0".split(),
+    ]
+    assert lines[3:] == [
+        "",
+        "cuDNN by algorithm, us:",
+        "layer   GEMM    FFT",
+        "one    300.0  80.00",
+        "two    200.0      -",
+        "",
+        "ceiling, product: 50.0 TFLOPS",
+        "ceiling, copy: 3000 GB/s",
+        "vs cudnn best: geomean 1.10x (0.80x to 1.50x), faster on 1 of 2",
+        "  not faster on one 0.80x",
+        "vs cudnn no workspace: geomean 2.12x (1.50x to 3.00x), faster on 2 of 2",
+        "vs cublas: geomean 4.00x (4.00x to 4.00x), faster on 2 of 2",
+        "vs torch: geomean 1.16x (0.90x to 1.50x), faster on 1 of 2",
+        "  not faster on one 0.90x",
+        f"- cudnn:DIRECT (all layers): {NO}",
+        f"- cudnn:FFT (two): {NO}",
+    ]
+
+
+def test_workspace_that_is_not_told_is_no_little_one(record):
+    layer = record["layers"][1]
+    rival = next(r for r in rivals.rivals(record) if r.key == "cudnn no workspace")
+    assert rival.best(layer)["name"] == "torch nchw"
+    layer["implementations"][-1]["workspace_bytes"] = None
+    assert rival.best(layer)["name"] == "cudnn:GEMM"
+    layer["implementations"][1]["workspace_bytes"] = rivals.LITTLE_WORKSPACE + 1
+    assert rival.best(layer) is None
+
+
+def test_markdown_has_every_rival(record):
+    lines = report.markdown(record).splitlines()
+    assert lines[0] == (
+        "| layer | im2win us | TFLOPS | cuDNN, best of all us | cuDNN without workspace us | "
+        "im2col + cuBLAS us | PyTorch us | vs cuDNN, best of all | vs cuDNN without workspace | "
+        "vs im2col + cuBLAS | vs PyTorch | im2win workspace |"
+    )
+    assert "**1.10x** | **2.12x** | **4.00x** | **1.16x**" in lines[-1]
+
+
+def test_only_float32_has_a_share_of_sgemm(record):
+    record["layers"][0]["dtype"] = "float16"
+    head, first, second = report.table(record)
+    column = head.index("% of SGEMM")
+    assert (first[column], second[column]) == ("-", "40")
+
+
+def test_ceilings():
+    found = ceilings.describe(timing.Times(20_000.0, 1.0, 9), timing.Times(700.0, 1.0, 9))
+    assert found["sgemm"]["tflops"] == pytest.approx(2 * 8192**3 / 20e-3 / 1e12)
+    assert found["copy"]["gb_s"] == pytest.approx(2 * 2**30 / 700e-6 / 1e9)
+    assert found["copy"]["times"]["n"] == 9
+    assert found["sgemm"]["what"] == "torch.mm, float32, 8192^3, TF32 off"
+
+
+def test_roofline(record, tmp_path):
+    assert roofline.points(record) == [("one", 40.0, 20.0), ("two", 40.0, 20.0)]
+    assert roofline.attainable(1.0, record["ceilings"]) == pytest.approx(3.0)
+    assert roofline.attainable(1000.0, record["ceilings"]) == pytest.approx(50.0)
+    path = tmp_path / "roofline.png"
+    roofline.draw(record, path)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    without = copy.deepcopy(record) | {"ceilings": None}
+    with pytest.raises(roofline.RooflineError, match="measured on cuda only"):
+        roofline.draw(without, path)
+
+
+def test_csv(record):
+    head, first, *rest = rows.text(record).splitlines()
+    assert head == (
+        "layer,problem,dtype,layout,batch,implementation,family,status,reason,"
+        "cold_us,cold_iqr_us,cold_n,hot_us,hot_iqr_us,hot_n,warm_us,warm_iqr_us,warm_n,"
+        "tflops,gb_s,workspace_bytes,relative_error,max_error"
+    )
+    assert first == (
+        "one,mb1ic3ih8oc4kh3,float32,NCHW,1,simt,im2win,ok,,100.0,1.0,9,,,,,,,20,500,0,1e-07,"
+    )
+    assert rest[2].startswith("one,mb1ic3ih8oc4kh3,float32,NCHW,1,cudnn:DIRECT,cudnn,absent,Cudnn")
+    assert len(rest) == 11
