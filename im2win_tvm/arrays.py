@@ -101,6 +101,8 @@ def _from_numpy(name: str, array: np.ndarray, expected: Expected):
 
 
 def _from_torch(name: str, tensor, expected: Expected):
+    if tensor.layout != _torch().strided:
+        raise ArgumentError(f"{name}: layout {tensor.layout}; this kernel takes torch.strided")
     _check(name, tensor.shape, str(tensor.dtype).removeprefix("torch."), expected)
     if tensor.requires_grad:
         if _torch().is_grad_enabled():
@@ -118,6 +120,21 @@ def _from_dlpack(name: str, array: Any, expected: Expected):
     view = tvm_ffi.from_dlpack(array)
     _check(name, view.shape, str(view.dtype), expected)
     return view, view.strides, view.data_ptr()
+
+
+def overlap(a: Any, b: Any) -> bool:
+    """Whether two arrays of NumPy or PyTorch, contiguous, share memory; False for others."""
+    spans = []
+    for array in (a, b):
+        if isinstance(array, np.ndarray):
+            start, size = array.ctypes.data, array.nbytes
+        elif is_torch(array):
+            start, size = array.data_ptr(), array.numel() * array.element_size()
+        else:
+            return False
+        spans.append((start, start + size))
+    (first, first_end), (second, second_end) = spans
+    return first < second_end and second < first_end
 
 
 def _contiguous(shape, strides) -> bool:

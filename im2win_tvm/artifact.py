@@ -22,6 +22,11 @@ FORMAT = 1
 MAGIC = b"\x89im2win kernel\r\n\x1a"[:16]
 _HEADER = struct.Struct("<16sQ32sQ")
 HEADER_BYTES = _HEADER.size
+# What loading and calling read of the metadata.
+_NEEDED = (
+    "problem", "epilogue", "schedule", "target", "prepare", "calls", "arguments", "workspaces",
+    "scratch_bytes_per_thread",
+)  # fmt: skip
 _UNSEALED = (0, b"\0" * 32)
 
 
@@ -79,6 +84,9 @@ def read_metadata(path: str | os.PathLike) -> dict:
             f"{path}: format={metadata.get('format')!r}: this version reads {FORMAT}; "
             f"exported by im2win_tvm {metadata.get('versions', {}).get('im2win_tvm')}"
         )
+    missing = [key for key in _NEEDED if key not in metadata]
+    if missing:
+        raise ArtifactError(f"{path}: {', '.join(missing)} missing in the metadata")
     return metadata
 
 

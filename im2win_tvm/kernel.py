@@ -132,6 +132,11 @@ class Kernel:
                 )
             if compiled:
                 views[name] = arrays.argument(name, array, self._expected[name], self._device)
+        if out is None:
+            out = arrays.empty_like(x, self._expected["y"])
+        elif arrays.overlap(x, out):
+            raise ArgumentError("out: overlaps x, which is read while out is written")
+        views["y"] = arrays.argument("out", out, self._expected["y"], self._device)
         if not isinstance(w, PreparedWeights):
             w = self.prepare(w)
         elif w.origin != self._origin:
@@ -139,9 +144,6 @@ class Kernel:
         views["packed"] = arrays.argument(
             "packed", w.packed, self._expected["packed"], self._device
         )
-        if out is None:
-            out = arrays.empty_like(x, self._expected["y"])
-        views["y"] = arrays.argument("out", out, self._expected["y"], self._device)
         for name in self.metadata["workspaces"]:
             workspace = arrays.empty_like(x, self._expected[name])
             views[name] = arrays.argument(name, workspace, self._expected[name], self._device)

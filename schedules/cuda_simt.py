@@ -131,10 +131,12 @@ class CudaSimt(Schedule):
 
     def _shared_bytes(self, c: Config, problem: ConvProblem) -> int:
         axes = k_axes(problem, c.block_k, c.taps)
-        table = 4 * axes.outer * axes.inner if c.table else 0
-        stages = 2 if c.double_buffer else 1
-        tile = c.block_k * (c.block_m + c.block_p + PADDING) * problem.itemsize
-        return table + (stages * tile if c.shared else 0)
+        stages = (2 if c.double_buffer else 1) if c.shared else 0
+        tiles = [c.block_k * width * stages for width in (c.block_m, c.block_p + PADDING)]
+        table = axes.outer * axes.inner if c.table else 0
+        sizes = [4 * table, *(problem.itemsize * tile for tile in tiles)]
+        # TVM starts every array on a multiple of 64 bytes.
+        return sum(-(-size // 64) * 64 for size in sizes)
 
     def configs(self, problem: ConvProblem, target: CudaTarget):
         for m, p, k, tm, tp, double, prefetch, taps, table in itertools.product(

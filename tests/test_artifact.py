@@ -361,3 +361,8 @@ def test_the_header_is_what_c_reads(library):
     (length,) = struct.unpack_from("<Q", data, start + 56)
     text = data[start + 64 : start + 64 + length]
     assert text.startswith(b"{") and text.endswith(b"}") and data[start + 64 + length] == 0
+
+
+def test_metadata_without_what_loading_needs_is_refused(library):
+    resealed(library, (b'"target":', b'"targat":'))
+    assert_refused(library, "target missing in the metadata")

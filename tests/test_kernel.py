@@ -214,6 +214,24 @@ def test_tensors_elsewhere_or_with_gradients_are_refused_by_name():
         call(kernel, given, x=channels_last)
 
 
+def test_an_output_over_the_input_is_refused():
+    problem = ConvProblem(1, 4, (6, 6), 4, 3, padding=1)
+    memory = np.zeros(5 * 36, np.float32)
+    x, out = memory[:144].reshape(1, 4, 6, 6), memory[36:].reshape(1, 4, 6, 6)
+    kernel, w = compiled(problem), np.ones(problem.weight_shape, np.float32)
+    for given in (x, out):
+        with pytest.raises(ArgumentError, match="^out: overlaps x"):
+            kernel(x, w, out=given)
+    assert not memory.any()
+
+
+def test_sparse_tensors_are_refused():
+    torch = pytest.importorskip("torch")
+    x = torch.ones(PROBLEM.input_shape).to_sparse()
+    with pytest.raises(ArgumentError, match=r"^x: layout torch.sparse_coo; .* takes torch.strided"):
+        compiled()(x, torch.ones(PROBLEM.weight_shape))
+
+
 def test_weights_are_prepared_once():
     kernel, (made, expected) = compiled(**FULL), operands()
     prepared = kernel.prepare(made.w)

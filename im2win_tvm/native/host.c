@@ -2,7 +2,7 @@
 //
 // TVM's compiler calls these through the pointers at the end of this file. A process that has TVM
 // would set them to TVM's own thread pool, which takes half of the processors for hyper-threads;
-// the linker hides them (see artifact.py), so that a library behaves the same with and without TVM.
+// the linker hides them (see toolchain.py), so that a library behaves the same with and without TVM.
 
 #include <omp.h>
 #include <pthread.h>
