@@ -220,7 +220,7 @@ def test_an_output_over_the_input_is_refused():
     x, out = memory[:144].reshape(1, 4, 6, 6), memory[36:].reshape(1, 4, 6, 6)
     kernel, w = compiled(problem), np.ones(problem.weight_shape, np.float32)
     for given in (x, out):
-        with pytest.raises(ArgumentError, match="^out: overlaps x"):
+        with pytest.raises(ArgumentError, match=r"^out: overlaps x"):
             kernel(x, w, out=given)
     assert not memory.any()
 
