@@ -19,7 +19,7 @@ class Nvcc(NamedTuple):
     """nvcc, and where its libraries are."""
 
     path: Path
-    library: Path
+    libraries: Path
 
     @property
     def bin(self) -> Path:
@@ -134,7 +134,7 @@ def build_cuda_library(output: Path, source: Path, arch: str, extra: list[Path])
             str(nvcc.path), "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", *gencode(arch),
             "-Xptxas", "-v", *flags, "-diag-suppress", "174,177", *include_flags(),
             "-o", str(output), str(source), *map(str, extra),
-            "-L", str(nvcc.library),
+            "-L", str(nvcc.libraries),
             "-L", str(Path(libinfo.find_libtvm_ffi()).parent), "-ltvm_ffi",
         ])  # fmt: skip
         if not any(kernel.spill_store_bytes for kernel in parse_resources(report)):
