@@ -11,7 +11,7 @@ import tvm
 import tvm_ffi
 from tvm import tirx
 
-from .schedules.base import ALIGNMENT, ARGUMENTS, CONV, PREPARE, TRANSFORM
+from .schedules.base import ALIGNMENT, ARGUMENTS, CONV, TRANSFORM
 from .target import CpuTarget, CudaTarget
 
 # Allocated by this package, like the workspaces: they keep TVM's alignment, a cache line.
@@ -133,7 +133,6 @@ def cuda_source(module: tvm.IRModule, target: CudaTarget) -> str:
 
 
 __all__ = [
-    "PREPARE",
     "Parameter",
     "calls",
     "cuda_source",

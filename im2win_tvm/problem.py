@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterable
+from contextlib import suppress
 from math import prod
 from typing import Any
 
@@ -245,10 +246,8 @@ def _integer(field: str, value: object, least: int) -> int:
     """``value`` as an int of at least ``least``; bool is refused, NumPy integers are not."""
     number = least - 1
     if not isinstance(value, bool):
-        try:
+        with suppress(TypeError):  # not a whole number: refused below
             number = operator.index(value)  # type: ignore[arg-type]
-        except TypeError:
-            pass
     if number < least:
         kind = "a positive integer" if least == 1 else "an integer of 0 or more"
         raise _error(field, value, kind)

@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 KINDS = ("llvm", "cuda")
@@ -177,11 +178,8 @@ def _plain(name: str) -> str:
 
 def cpu_model() -> str:
     """The processor's name as the system tells it."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            for row in file:
-                if row.startswith("model name"):
-                    return row.split(":", 1)[1].strip()
-    except OSError:
-        pass
+    with suppress(OSError), open("/proc/cpuinfo") as file:  # Linux only
+        for row in file:
+            if row.startswith("model name"):
+                return row.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from math import prod
 
 import numpy as np
@@ -87,13 +88,10 @@ def bytes_needed(problem: ConvProblem) -> int:
 
 def free_bytes() -> int | None:
     """Memory that processes here can still take; None where the system does not tell."""
-    try:
-        with open("/proc/meminfo") as file:
-            for row in file:
-                if row.startswith("MemAvailable:"):
-                    return int(row.split()[1]) * 1024
-    except OSError:
-        pass
+    with suppress(OSError), open("/proc/meminfo") as file:  # Linux only
+        for row in file:
+            if row.startswith("MemAvailable:"):
+                return int(row.split()[1]) * 1024
     names = ("SC_AVPHYS_PAGES", "SC_PAGE_SIZE")
     if all(name in os.sysconf_names for name in names):
         return os.sysconf(names[0]) * os.sysconf(names[1])

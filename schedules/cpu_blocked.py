@@ -30,7 +30,8 @@ from ..problem import ConvProblem
 from ..target import CpuTarget
 from .base import CONV, PREPARE, Schedule
 
-# Half of the smallest L2 in use on servers since 2017 (1 MiB): the other half is F' and output.
+# Half of an L2 cache of 1 MiB (Skylake-SP, Zen 4 and 5; Zen 2 and 3 have half of that): the other
+# half is F' and output.
 STRIP_BYTES = 512 * 1024
 # Smallest first-level data cache in use (32 KiB), less what I' and the output need.
 L1_BYTES = 24 * 1024
@@ -225,7 +226,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
     sch.reorder(n, g, m, part, b, mt, qt, *((mi, qi, i) if problem.channels_last else (i, mi, qi)))
     if not problem.channels_last:
         # The block is stored column by column. Rolled, LLVM makes vector scatters of the loop,
-        # several times slower than scalar stores (measured on Zen 5).
+        # which Zen 5 carries out more slowly than scalar stores.
         sch.unroll(i)
     task = sch.fuse(n, g, m, part)
     sch.parallel(task)

@@ -8,12 +8,13 @@ One block computes `block_m` channels by `block_p` output pixels, one thread `th
 * EXPLICIT, the paper's own: a first kernel writes I' to global memory, the second reads it.
 
 What the hardware asks for (sm_70 and later):
-* Arithmetic: an FMA takes two operands from registers, and shared memory delivers 32 words a cycle
-  for 128 FMAs. With 8 x 8 outputs a thread, 16 words serve 64 FMAs; with 1 x 1, 2 words serve one.
+* Arithmetic: a multiprocessor does 64 (sm_70, sm_80) or 128 FMAs (sm_86, sm_90) a cycle, and its
+  shared memory delivers 32 words meanwhile. With 8 x 8 outputs a thread, 16 words serve 64 FMAs;
+  with 1 x 1, 2 words serve one.
 * Shared memory: a vector of four words (LDS.128) a thread, neighbouring threads on neighbouring
   vectors, is free of bank conflicts. A thread's outputs are therefore groups of four, `block/2`
   apart, and not eight in a row.
-* Latency: a load from global memory takes some 500 cycles. With two stages of shared memory the
+* Latency: a load from global memory takes hundreds of cycles. With two stages of shared memory the
   next tile is on its way while the current one is multiplied.
 """
 
@@ -163,7 +164,7 @@ class CudaSimt(Schedule):
         plain = not (taps or problem.channels_last)
         table = plain and problem.k > 64 and self._table_works(problem)
         # 8 x 8 outputs a thread and 64 to 128 threads a block, so that several blocks share a
-        # multiprocessor and cover each other's barriers (measured on an H100: docs/results).
+        # multiprocessor and cover each other's barriers.
         thread_p = 8 if block_m >= 16 else 4
         narrow = problem.channels_last or table
         block_p = 64 if block_m >= 96 or narrow else 128

@@ -52,7 +52,7 @@ class ScriptedClock:
         return {"clock": "scripted"}
 
     def wait(self):
-        pass
+        """Calls are done when they return."""
 
     def turn(self, call):
         name = call()

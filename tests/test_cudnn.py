@@ -18,14 +18,14 @@ NOT_SUPPORTED = 3000
 
 
 class FakeFunction:
-    def __init__(self, library, name):
-        self.library, self.name = library, name
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
 
     def __call__(self, *arguments):
         assert len(arguments) == len(self.argtypes), self.name
         for kind, argument in zip(self.argtypes, arguments, strict=True):
             kind.from_param(argument)  # what ctypes does with it, TypeError included
-        return self.library.answer(self.name, arguments)
+        return self.owner.answer(self.name, arguments)
 
 
 class FakeCudnn:
