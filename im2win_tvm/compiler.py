@@ -33,8 +33,8 @@ def compile(
     """Build a kernel for one problem.
 
     target, arch: see `im2win_tvm.target.resolve`; CUDA kernels are built without a GPU when
-    `arch` is given. schedule, config: by name (or a Schedule) and as a Config or dict, chosen by
-    `select` if None.
+    `arch` is given. schedule, config: by name (or a Schedule) and as a Config or dict; if None
+    `select` takes those of the fastest tuning record, or the heuristic's.
     bias, residual, activation: what the kernel adds and applies before it stores (see Epilogue).
 
     Raises TargetError, ScheduleError or ToolchainError, each saying what is allowed or missing.
@@ -84,7 +84,11 @@ def describe(
         "descriptor": str(problem),
         "epilogue": dataclasses.asdict(epilogue),
         "accuracy": {"float32": "fp32", "float16": "fp16"}[problem.dtype],
-        "schedule": {"name": schedule.name, "config": dataclasses.asdict(choice.config)},
+        "schedule": {
+            "name": schedule.name,
+            "config": dataclasses.asdict(choice.config),
+            "origin": dataclasses.asdict(choice.origin),
+        },
         "target": dataclasses.asdict(target) | {"kind": target.kind, "machine": platform.machine()},
         "prepare": PREPARE,
         "calls": calls(module),

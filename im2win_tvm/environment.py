@@ -14,7 +14,18 @@ from typing import Any
 from . import __version__, cuda_driver, toolchain
 from .target import Target, cpu_model, device_arch, resolve
 
-__all__ = ["cpu", "cuda", "describe", "device_slug", "git_commit", "package_version", "versions"]
+__all__ = [
+    "cpu",
+    "cuda",
+    "describe",
+    "device_name",
+    "device_slug",
+    "driver_version",
+    "git_commit",
+    "package_version",
+    "slug",
+    "versions",
+]
 
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "numpy", "torch")
 _SMI_FIELDS = (
@@ -119,10 +130,24 @@ def describe() -> dict[str, Any]:
     }
 
 
-def device_slug(target: Target) -> str:
-    """The folder name of the device that runs `target` here, for records."""
+def driver_version() -> str | None:
+    """The version of the GPU's driver; without nvidia-smi the CUDA version that it supports."""
+    smi = _nvidia_smi()
+    return smi["driver_version"] if smi is not None else cuda_driver.driver_version()
+
+
+def device_name(target: Target) -> str | None:
+    """The device that `target` is for, as records name it; None for any GPU of an architecture."""
     if target.kind == "cuda":
-        name = cuda_driver.device_name() or target.arch
-    else:
-        name = f"{cpu_model()} {target.cpu} {target.threads} threads"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        return target.device
+    return f"{cpu_model()} {target.cpu} {target.threads} threads"
+
+
+def slug(device: str) -> str:
+    """The folder name of a device."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def device_slug(target: Target) -> str:
+    """The folder name of the device that `target` is for, in records; its architecture if none."""
+    return slug(device_name(target) or target.arch)

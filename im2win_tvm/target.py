@@ -6,6 +6,8 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 
+from . import cuda_driver
+
 KINDS = ("llvm", "cuda")
 
 # LLVM's feature name -> the flag that Linux shows in /proc/cpuinfo, for the extensions that
@@ -58,9 +60,13 @@ class CpuTarget:
 
 @dataclass(frozen=True)
 class CudaTarget:
-    """A CUDA architecture, such as ``sm_90``."""
+    """A CUDA architecture, such as ``sm_90``, and the GPU whose tuning records are meant.
+
+    device: the product name of that GPU; None takes those of every GPU of the architecture.
+    """
 
     arch: str
+    device: str | None = None
 
     kind = "cuda"
 
@@ -73,6 +79,20 @@ class CudaTarget:
     def shared_bytes(self) -> int:
         """Static shared memory of a block (CUDA C++ Programming Guide, compute capabilities)."""
         return 48 * 1024
+
+    @property
+    def multiprocessors(self) -> int:
+        """To plan for where no device is asked: those of A100, RTX 3090, RTX 4090, H100, B200."""
+        return {80: 108, 86: 82, 89: 128, 90: 132, 100: 148}.get(self.capability, 108)
+
+    @property
+    def shared_bytes_per_multiprocessor(self) -> int:
+        """Shared memory that the blocks of a multiprocessor divide, 1 KiB each for the system.
+
+        A block that sizes it at launch may take all of it (same source).
+        """
+        small = {75: 64, 80: 164, 86: 100, 87: 164, 89: 100, 120: 100, 121: 100}
+        return small.get(self.capability, 96 if self.capability < 80 else 228) * 1024
 
     def tvm(self, host: str = "cuda_host"):
         """The `tvm.target.Target`; host code is C++ in the same translation unit."""
@@ -95,7 +115,8 @@ def resolve(
     target: ``"llvm"``, ``"cuda"``, an already resolved target, or None for what is here (CUDA
     where a GPU is present, otherwise the CPU). arch: a CUDA architecture such as ``"sm_90"`` or
     an LLVM processor such as ``"x86-64-v3"``; None is the one that is here. threads (CPU only):
-    the threads to plan for, by default the processors this process may use.
+    the threads to plan for, by default the processors this process may use. A CUDA target names
+    the GPU that is here where that has the architecture.
     """
     if isinstance(target, CpuTarget | CudaTarget):
         if arch is not None or threads is not None:
@@ -123,7 +144,10 @@ def _cuda(arch: str | None) -> CudaTarget:
     match = re.fullmatch(r"sm_(\d{2,3})[af]?", arch)
     if match is None or int(match[1]) < 70:
         raise TargetError(f"arch={arch!r}: allowed are 'sm_70' and later, as in nvcc -arch")
-    return CudaTarget(arch)
+    here = device_arch()
+    # sm_90a is for the same GPU as sm_90.
+    same = here is not None and CudaTarget(here).capability == CudaTarget(arch).capability
+    return CudaTarget(arch, cuda_driver.device_name() if same else None)
 
 
 def _cpu(cpu: str | None, threads: int | None) -> CpuTarget:
@@ -153,9 +177,7 @@ def _cpu(cpu: str | None, threads: int | None) -> CpuTarget:
 
 def device_arch() -> str | None:
     """Architecture of the first CUDA device, ``"sm_90"`` for instance; None where there is none."""
-    from .cuda_driver import compute_capability
-
-    capability = compute_capability()
+    capability = cuda_driver.compute_capability()
     return None if capability is None else f"sm_{capability[0]}{capability[1]}"
 
 

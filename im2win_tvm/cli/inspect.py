@@ -92,8 +92,19 @@ def _facts(problem: ConvProblem, target: Target, choice: Choice) -> dict[str, An
         },
         "schedule": choice.schedule.name,
         "config": asdict(choice.config),
+        "origin": asdict(choice.origin),
         "rejected": choice.rejected,
+        "records_not_used": _missed(choice),
     }
+
+
+def _missed(choice: Choice) -> dict[str, dict[str, Any]]:
+    """The reasons why tuning records do not count, each with how many and the first of them."""
+    reasons: dict[str, dict[str, Any]] = {}
+    for miss in choice.missed:
+        entry = reasons.setdefault(miss.reason, {"count": 0, "first": miss.where})
+        entry["count"] += 1
+    return reasons
 
 
 def _generated(
@@ -136,6 +147,7 @@ def _generated(
 
 def _lines(shown: dict[str, Any]) -> list[str]:
     from ..bench import units
+    from ..select import Origin
 
     lines = [
         f"{'problem':<16} {shown['problem']} {shown['dtype']} {shown['layout']}",
@@ -146,6 +158,11 @@ def _lines(shown: dict[str, Any]) -> list[str]:
     lines += [
         f"{'schedule':<16} {shown['schedule']}",
         f"{'config':<16} {fields(shown['config'])}",
+        f"{'from':<16} {Origin(**shown['origin'])}",
+    ]
+    lines += [
+        f"{'record not used':<16} {reason} ({entry['count']}; {entry['first']})"
+        for reason, entry in shown["records_not_used"].items()
     ]
     lines += [f"{'not ' + name:<16} {reason}" for name, reason in shown["rejected"].items()]
     resources = shown.get("resources", [])

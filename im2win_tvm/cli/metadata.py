@@ -24,6 +24,7 @@ def summary(metadata: dict[str, Any]) -> list[str]:
         "accuracy": metadata["accuracy"],
         "schedule": schedule["name"],
         "config": fields(schedule["config"]),
+        "from": _origin(schedule.get("origin")),
         "target": f"{target['kind']} {where} on {target['machine']}",
         "workspace": units.size(workspace),
         "scratch/thread": units.size(metadata["scratch_bytes_per_thread"]),
@@ -38,6 +39,14 @@ def summary(metadata: dict[str, Any]) -> list[str]:
 def fields(values: dict[str, Any]) -> str:
     """``name=value`` pairs on one line."""
     return " ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _origin(origin: dict[str, Any] | None) -> str:
+    """Where a configuration came from; kernels of earlier versions do not say."""
+    if origin is None:
+        return "not told"
+    where = f" {origin['file']}:{origin['line']}" if origin["kind"] == "record" else ""
+    return origin["kind"] + where
 
 
 def _bytes(argument: dict[str, Any]) -> int:

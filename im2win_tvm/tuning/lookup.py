@@ -1,0 +1,236 @@
+"""From a problem to its fastest tuning records, and why other records do not count.
+
+Logs lie as `<place>/<device>/<name>.jsonl`. Places are asked in order: those of the environment
+variable IM2WIN_TUNING_LOGS, then what ships with the package. The first that has a usable record
+decides, since times from different places were not taken under the same conditions.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..environment import device_name, package_version, slug
+from ..problem import ConvProblem
+from ..schedules import SCHEDULES, Schedule
+from ..target import Target
+from .code_version import code_version
+from .records import Line, Record, RecordError, key_of, read, shown
+
+__all__ = [
+    "SHIPPED",
+    "VARIABLE",
+    "Found",
+    "Match",
+    "Miss",
+    "arch_of",
+    "configuration",
+    "find",
+    "lines",
+    "places",
+    "shown_path",
+]
+
+#: The environment variable with further places, separated as in PATH; they come first.
+VARIABLE = "IM2WIN_TUNING_LOGS"
+#: The records that ship with the package.
+SHIPPED = Path(__file__).parent.parent / "tuning_logs"
+
+
+class Match(NamedTuple):
+    """A usable record, its configuration as the schedule's Config, and where it is written."""
+
+    record: Record
+    config: Any
+    path: Path
+    line: int
+
+    @property
+    def rank(self) -> tuple:
+        """Smaller is better: a time by the full protocol, then a shorter one.
+
+        The time of a search is the smallest of many short measurements, and flatters.
+        """
+        return self.record.protocol != "full", self.record.time_us, str(self.path), self.line
+
+
+class Miss(NamedTuple):
+    """A record that does not count: where it is, and why."""
+
+    where: str
+    reason: str
+
+
+class Found(NamedTuple):
+    """The best usable record of each schedule by its name, and what does not count."""
+
+    matches: dict[str, Match]
+    missed: tuple[Miss, ...]
+
+    @property
+    def best(self) -> Match | None:
+        """The best record of all."""
+        return min(self.matches.values(), key=lambda match: match.rank, default=None)
+
+
+def places() -> list[Path]:
+    """The folders with records, in the order in which they are asked."""
+    named = os.environ.get(VARIABLE, "").split(os.pathsep)
+    return [*(Path(name) for name in named if name), SHIPPED]
+
+
+def lines(place: Path, device: str | None) -> Iterator[tuple[Path, Line]]:
+    """Every line of a place about a device, or about any if it is None, in a fixed order."""
+    folder = "*" if device is None else slug(device)
+    for path in sorted(place.glob(f"{folder}/*.jsonl")):
+        if os.path.isfile(path):  # never raises, as Path.is_file may
+            for line in read(path):
+                yield path, line
+
+
+def find(problem: ConvProblem, target: Target, schedules: Mapping[str, Schedule]) -> Found:
+    """The usable records of a problem for these schedules, which support it on the target.
+
+    A target that names no device takes the records of every device of its architecture.
+    """
+    device = device_name(target)
+    missed: list[Miss] = []
+    for place in places():
+        if place != SHIPPED and not os.path.isdir(place):
+            missed.append(Miss(str(place), f"{VARIABLE}: no such folder"))
+        matches = _usable(place, problem, target, device, schedules, missed)
+        if matches:
+            return Found(matches, tuple(missed))
+    return Found({}, tuple(missed))
+
+
+def _usable(
+    place: Path,
+    problem: ConvProblem,
+    target: Target,
+    device: str | None,
+    schedules: Mapping[str, Schedule],
+    missed: list[Miss],
+) -> dict[str, Match]:
+    """The best record of each schedule in one place; misses are added to `missed`."""
+    newest: dict[tuple[str, str], Match] = {}
+    wrong = set()
+    wanted = key_of(problem)
+    for path, (number, record) in lines(place, device):
+        reason = record if isinstance(record, str) else None
+        if isinstance(record, Record):
+            if not _concerns(record, wanted, target, device, schedules):
+                continue
+            reason = _stale(record, target, device, schedules)
+        if reason is None:
+            schedule = schedules[record.schedule]
+            key = record.schedule, json.dumps(record.config, sort_keys=True)
+            try:
+                match = Match(
+                    record, configuration(record, schedule, problem, target), path, number
+                )
+            except RecordError as error:
+                reason = str(error)
+            else:
+                if not record.passed:
+                    wrong.add(key)
+                    reason = "its output was wrong"
+                # A later time replaces an earlier one of the same kind, faster or not.
+                elif key not in newest or newest[key].rank[0] >= match.rank[0]:
+                    newest[key] = match
+        if reason is not None:
+            missed.append(Miss(f"{shown_path(path)}:{number}", reason))
+    best: dict[str, Match] = {}
+    for key, match in newest.items():
+        name = match.record.schedule
+        # One wrong output outweighs any number of right ones: it may be a race.
+        if key not in wrong and (name not in best or match.rank < best[name].rank):
+            best[name] = match
+    return best
+
+
+def _concerns(
+    record: Record,
+    wanted: ConvProblem,
+    target: Target,
+    device: str | None,
+    schedules: Mapping[str, Schedule],
+) -> bool:
+    """Whether a record is about what is asked for, usable or not."""
+    if record.key != wanted:
+        return False
+    if device is None and record.target != {"kind": target.kind, "arch": arch_of(target)}:
+        return False  # from the folder of another device
+    return record.schedule in schedules or record.schedule not in SCHEDULES
+
+
+def _stale(
+    record: Record, target: Target, device: str | None, schedules: Mapping[str, Schedule]
+) -> str | None:
+    """What about a record is not as it is here; None if everything is."""
+    if record.schedule not in schedules:
+        return f"schedule={shown(record.schedule)}: there is no such schedule"
+    here = {
+        "kind": (record.target["kind"], target.kind),
+        "arch": (record.target["arch"], arch_of(target)),
+        "device": (record.device, record.device if device is None else device),
+        "apache-tvm": (record.versions.get("apache-tvm"), package_version("apache-tvm")),
+        "code": (record.versions.get("code"), code_version(schedules[record.schedule])),
+    }
+    for name, (theirs, ours) in here.items():
+        if theirs is None or theirs != ours:
+            return f"{name}={shown(theirs)}: here it is {ours!r}"
+    return None
+
+
+def configuration(record: Record, schedule: Schedule, problem: ConvProblem, target: Target) -> Any:
+    """A record's configuration as `schedule`'s Config.
+
+    Raises RecordError unless it has exactly the fields of one, with values of their types, that
+    the schedule's `check` accepts.
+    """
+    default = _default(schedule, problem, target)
+    known = {entry.name: getattr(default, entry.name) for entry in fields(default)}
+    for name in [*known, *record.config]:
+        if (name in known) != (name in record.config):
+            what = "missing" if name in known else "unknown"
+            raise RecordError(f"config: field {shown(name)} is {what}")
+    values = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in record.config.items()
+    }
+    for name, value in values.items():
+        kinds = type(value), type(known[name])
+        if type(None) not in kinds and kinds[0] is not kinds[1]:
+            raise RecordError(f"config: {name}={shown(value)}: allowed: {kinds[1].__name__}")
+    try:
+        config = type(default)(**values)
+        reason = schedule.check(config, problem, target)
+    except Exception as error:  # whatever a schedule does not expect: its record is of no use
+        reason = f"{type(error).__name__}: {shown(error)}"
+    if reason is not None:
+        raise RecordError(f"config: {reason}")
+    return config
+
+
+@functools.lru_cache(maxsize=64)
+def _default(schedule: Schedule, problem: ConvProblem, target: Target) -> Any:
+    """The heuristic's configuration; some schedules weigh thousands for it."""
+    return schedule.default(problem, target)
+
+
+def arch_of(target: Target) -> str:
+    """What a record calls the architecture: LLVM's name of the processor, or sm_90."""
+    return target.arch if target.kind == "cuda" else target.cpu
+
+
+def shown_path(path: Path) -> str:
+    """The path of a log, without the package's own place."""
+    if path.is_relative_to(SHIPPED):
+        return str(Path(SHIPPED.name) / path.relative_to(SHIPPED))
+    return str(path)
