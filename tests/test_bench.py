@@ -27,11 +27,11 @@ class Wrong:
 
     name = "wrong"
     family = "torch"
-    relative_limit = None
 
-    def __init__(self, factor, limit=None):
+    def __init__(self, factor, limit=None, accuracy=None):
         self.factor = factor
         self.relative_limit = limit
+        self.accuracy = accuracy
 
     def available(self, problem, target):
         return None
@@ -278,8 +278,7 @@ def test_competitors_compute_the_problem(layout, padding):
     pytest.importorskip("torch")
     problem = SMALL.replace(layout=layout, padding=padding, in_channels=4, out_channels=6, groups=2)
     target = resolve("llvm")
-    families = list(baselines.DEFAULT)
-    entries = [entry for family in families for entry in baselines.COMPETITORS[family]]
+    entries = baselines.implementations(target, list(baselines.DEFAULT))[1:]
     record = run({"small": problem}, target, entries, BRIEF)
     statuses = {e["name"]: e["status"] for e in record["layers"][0]["implementations"]}
     assert statuses == {"tvm": "ok", "torch nchw": "ok", "torch nhwc": "ok"}, record["layers"]
@@ -303,6 +302,69 @@ def test_outputs_are_checked(factor, limit, status):
     assert ("times" in entry) == (status != "failed")
     assert bool(failures(record)) == (status == "failed")
     assert ("FAILED wrong" in report.text(record)) == (status == "failed")
+
+
+@pytest.mark.parametrize(
+    ("factor", "status"),
+    [(1.0, "ok"), (1 + 1.9 * 2.0**-10, "ok"), (1 + 2.1 * 2.0**-10, "outside"), (1.03, "failed")],
+)
+def test_tf32_is_a_class_of_its_own(factor, status):
+    entry = Wrong(factor, {"float32": 0.02}, accuracy="tf32")
+    record = run({"small": SMALL}, resolve("llvm"), [entry], BRIEF)
+    (measured,) = record["layers"][0]["implementations"]
+    assert (measured["accuracy"], measured["status"]) == ("tf32", status)
+    assert ("tf32: float32 with TF32 allowed" in report.text(record)) == (status != "failed")
+
+
+def test_accuracy_is_that_of_the_dtype_and_float16_has_no_tf32():
+    entries = [Wrong(1.0), Wrong(1.0, accuracy="tf32")]
+    entries[1].name = "rounded"
+    problems = {"half": SMALL.replace(dtype="float16"), "single": SMALL}
+    half, single = run(problems, resolve("llvm"), entries, BRIEF)["layers"]
+    assert [(e["name"], e["accuracy"]) for e in half["implementations"]] == [("wrong", "fp16")]
+    assert [e["accuracy"] for e in single["implementations"]] == ["fp32", "tf32"]
+
+
+def test_every_call_of_pytorch_says_whether_tf32_is_allowed(monkeypatch):
+    torch = pytest.importorskip("torch")
+    told = []
+    right = torch.nn.functional.conv2d
+
+    def noting(*arguments):
+        told.append(torch.backends.cudnn.allow_tf32)
+        return right(*arguments)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", noting)
+    # One is restored at the end: the flag is PyTorch's alone.
+    before = torch.backends.cudnn.allow_tf32
+    x, w = torch.ones(SMALL.input_shape), torch.ones(SMALL.weight_shape)
+    off, on, unsaid = (torch_conv._call(SMALL, x, w, tf32) for tf32 in (False, True, None))
+    try:
+        for call in (off, on, off, unsaid, on, unsaid):
+            assert tuple(call().shape) == SMALL.output_shape
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    assert told == [False, True, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("arch", "override", "reason"),
+    [
+        ("sm_90", None, None),
+        ("sm_80", "1", None),
+        ("sm_75", None, "arch=sm_75: TF32 needs sm_80 or later"),
+        ("sm_90", "0", "NVIDIA_TF32_OVERRIDE=0: the environment turns TF32 off"),
+    ],
+)
+def test_where_there_is_tf32(arch, override, reason, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    if override is not None:
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
+    entry = torch_conv.Torch(channels_last=False, tf32=True)
+    assert entry.available(SMALL, CudaTarget(arch)) == reason
+    assert torch_conv.Torch(channels_last=False).available(SMALL, CudaTarget(arch)) is None
+    assert entry.available(SMALL, resolve("llvm")) == "target=llvm: TF32 is for cuda"
 
 
 def test_an_output_nobody_wrote_fails():
@@ -370,6 +432,13 @@ def test_implementations():
     llvm = resolve("llvm")
     names = [entry.name for entry in baselines.implementations(llvm)]
     assert names == ["cpu_blocked", "tvm", "torch nchw", "torch nhwc"]
+    on_gpu = baselines.implementations(CudaTarget("sm_90"), ["torch"], "cuda_simt")
+    assert [(entry.name, entry.accuracy) for entry in on_gpu[1:]] == [
+        ("torch nchw", None),
+        ("torch nhwc", None),
+        ("torch nchw tf32", "tf32"),
+        ("torch nhwc tf32", "tf32"),
+    ]
     only = baselines.implementations(CudaTarget("sm_90"), [], "cuda_simt")
     assert [entry.name for entry in only] == ["cuda_simt"]
 

@@ -97,10 +97,12 @@ def test_cuda_only_families_are_gaps_elsewhere():
     assert report.text(record).count("cuDNN is for cuda") == 1
 
 
-def _entry(name, family, us, workspace=0, status="ok", reason=None):
+def _entry(name, family, us, workspace=0, status="ok", reason=None, accuracy="fp32", **detail):
     entry = {"name": name, "family": family, "status": status, "reason": reason}
+    entry |= {"accuracy": accuracy}
     if us is None:
         return entry | {"status": "absent"}
+    entry |= {"detail": detail}
     times = {"cold": {"median_us": us, "iqr_us": 1.0, "n": 9}}
     return entry | {"workspace_bytes": workspace, "times": times, "relative_error": 1e-7}
 
@@ -144,16 +146,26 @@ def record():
             _layer(
                 "one",
                 _entry("simt", "im2win", 100.0),
-                _entry("cudnn:GEMM", "cudnn", 300.0, 4096),
-                _entry("cudnn:FFT", "cudnn", 80.0, 1 << 30),
+                _entry("cudnn:IMPLICIT_GEMM", "cudnn", 320.0, 0, algorithm="IMPLICIT_GEMM"),
+                _entry("cudnn:GEMM", "cudnn", 300.0, 4096, algorithm="GEMM"),
+                _entry("cudnn:FFT", "cudnn", 80.0, 1 << 30, algorithm="FFT"),
                 _entry("cudnn:DIRECT", "cudnn", None, reason=NO),
+                _entry("cudnn:FFT tf32", "cudnn", 10.0, 0, accuracy="tf32", algorithm="FFT"),
                 _entry("cublas", "cublas", 400.0, 1 << 20),
                 _entry("torch nchw", "torch", 90.0, 1 << 29),
+                _entry("torch nchw tf32", "torch", 5.0, 0, accuracy="tf32"),
             ),
             _layer(
                 "two",
                 _entry("simt", "im2win", 100.0),
-                _entry("cudnn:GEMM", "cudnn", 200.0, 4096),
+                _entry(
+                    "cudnn:IMPLICIT_PRECOMP_GEMM nhwc",
+                    "cudnn",
+                    250.0,
+                    8 << 20,
+                    algorithm="IMPLICIT_PRECOMP_GEMM",
+                ),
+                _entry("cudnn:GEMM", "cudnn", 200.0, 4096, algorithm="GEMM"),
                 _entry("cudnn:FFT", "cudnn", None, reason=NO),
                 _entry("cudnn:DIRECT", "cudnn", None, reason=NO),
                 _entry("cublas", "cublas", 400.0, 1 << 20),
@@ -166,52 +178,144 @@ def record():
 def test_report_of_a_gpu(record):
     lines = report.text(record).splitlines()[4:]
     assert [line.split() for line in lines[:3]] == [
-        "layer simt us cublas us torch nchw us cudnn us cudnn algorithm best im2win TFLOPS GB/s "
-        "% of SGEMM vs cudnn best vs cudnn no workspace vs cublas vs torch im2win workspace "
-        "cudnn workspace cublas workspace torch workspace".split(),
-        "one 100.0 400.0 90.00 80.00 FFT simt 20.0 500.0 40 0.80x 3.00x 4.00x 0.90x 0 "
-        "1.0 GiB 1.0 MiB 512.0 MiB".split(),
-        "two 100.0 400.0 150.0 200.0 GEMM simt 20.0 500.0 40 1.50x 1.50x 4.00x 1.50x 0 "
+        "layer simt us cublas us torch nchw us torch nchw tf32 us cudnn us cudnn algorithm "
+        "cudnn tf32 us best im2win TFLOPS GB/s % of SGEMM vs cudnn best vs cudnn no workspace "
+        "vs cudnn up to 1 MiB vs cublas vs torch im2win workspace cudnn workspace "
+        "cublas workspace torch workspace".split(),
+        "one 100.0 400.0 90.00 5.00 80.00 FFT 10.00 simt 20.0 500.0 40 0.80x 3.20x 3.00x 4.00x "
+        "0.90x 0 1.0 GiB 1.0 MiB 512.0 MiB".split(),
+        "two 100.0 400.0 150.0 - 200.0 GEMM - simt 20.0 500.0 40 1.50x 2.50x 1.50x 4.00x 1.50x 0 "
         "4.0 KiB 1.0 MiB 0".split(),
     ]
-    assert lines[3:] == [
+    by_algorithm = lines.index("cuDNN by algorithm, us (workspace):")
+    assert [line.split() for line in lines[by_algorithm + 1 : by_algorithm + 4]] == [
+        "layer IMPLICIT_GEMM GEMM FFT IMPLICIT_PRECOMP_GEMM nhwc".split(),
+        "one 320.0 (0) 300.0 (4.0 KiB) 80.00 (1.0 GiB) -".split(),
+        "two - 200.0 (4.0 KiB) - 250.0 (8.0 MiB)".split(),
+    ]
+    assert lines[by_algorithm + 4 :] == [
         "",
-        "cuDNN by algorithm, us:",
-        "layer   GEMM    FFT",
-        "one    300.0  80.00",
-        "two    200.0      -",
+        "cuDNN by algorithm, us (workspace), TF32 allowed:",
+        "layer   FFT tf32",
+        "one    10.00 (0)",
+        "two            -",
         "",
         "ceiling, product: 50.0 TFLOPS",
         "ceiling, copy: 3000 GB/s",
         "vs cudnn best: geomean 1.10x (0.80x to 1.50x), faster on 1 of 2",
         "  not faster on one 0.80x",
-        "vs cudnn no workspace: geomean 2.12x (1.50x to 3.00x), faster on 2 of 2",
+        "vs cudnn no workspace: geomean 2.83x (2.50x to 3.20x), faster on 2 of 2",
+        "  the faster of IMPLICIT_GEMM and IMPLICIT_PRECOMP_GEMM; workspace by cuDNN's own figure "
+        "0 to 8.0 MiB",
+        "vs cudnn up to 1 MiB: geomean 2.12x (1.50x to 3.00x), faster on 2 of 2",
         "vs cublas: geomean 4.00x (4.00x to 4.00x), faster on 2 of 2",
         "vs torch: geomean 1.16x (0.90x to 1.50x), faster on 1 of 2",
         "  not faster on one 0.90x",
         f"- cudnn:DIRECT (all layers): {NO}",
         f"- cudnn:FFT (two): {NO}",
+        "tf32: float32 with TF32 allowed, a class of its own; in no ratio",
     ]
 
 
-def test_workspace_that_is_not_told_is_no_little_one(record):
+@pytest.mark.parametrize("key", ["cudnn best", "cudnn no workspace", "cudnn up to 1 MiB", "torch"])
+def test_tf32_is_no_rival_of_float32(record, key):
+    """An entry that would win by far changes nothing as long as it is of class tf32."""
+    layer = record["layers"][0]
+    rival = next(r for r in rivals.rivals(record) if r.key == key)
+    before = rival.best(layer)
+    entries = [
+        _entry("a", family, 1.0, 0, accuracy="tf32", algorithm="IMPLICIT_GEMM")
+        for family in rivals.CUDNN_FAMILIES
+    ]
+    layer["implementations"] += entries
+    assert rival.best(layer) is before
+    for entry in entries:
+        entry["accuracy"] = "fp32"
+    assert rival.best(layer) in entries
+    # A record from before there were classes has only the dtype's own.
+    for entry in entries:
+        del entry["accuracy"]
+    assert rival.best(layer) in entries
+
+
+def test_little_workspace_is_a_figure_and_no_workspace_a_name(record):
     layer = record["layers"][1]
-    rival = next(r for r in rivals.rivals(record) if r.key == "cudnn no workspace")
-    assert rival.best(layer)["name"] == "torch nchw"
+    by_name, by_figure = rivals.rivals(record)[1:3]
+    assert by_name.best(layer)["workspace_bytes"] == 8 << 20
+    assert by_figure.best(layer)["name"] == "torch nchw"
     layer["implementations"][-1]["workspace_bytes"] = None
-    assert rival.best(layer)["name"] == "cudnn:GEMM"
-    layer["implementations"][1]["workspace_bytes"] = rivals.LITTLE_WORKSPACE + 1
-    assert rival.best(layer) is None
+    assert by_figure.best(layer)["name"] == "cudnn:GEMM"
+    layer["implementations"][2]["workspace_bytes"] = rivals.LITTLE_WORKSPACE + 1
+    assert by_figure.best(layer) is None
+    layer["implementations"][1]["detail"]["algorithm"] = "GEMM"
+    assert by_name.best(layer) is None
+
+
+def _engine(name, us, workspace, accuracy="fp32"):
+    detail = {"engine": "eng50_k2=3", "plans": {"timed": 7, "refused": 1, "wrong": 0}}
+    return _entry(name, "cudnn-frontend", us, workspace, accuracy=accuracy, **detail)
+
+
+def test_engines_are_cudnn_too(record):
+    first, second = record["layers"]
+    first["implementations"] += [
+        _engine("cudnn-frontend nchw", 60.0, 1 << 30),
+        _engine("cudnn-frontend nhwc little workspace", 70.0, 0),
+        _engine("cudnn-frontend nhwc tf32", 9.0, 0, "tf32"),
+    ]
+    gone = "nvidia-cudnn-frontend is not installed"
+    for name in ("cudnn-frontend nchw", "cudnn-frontend nhwc"):
+        second["implementations"].append(_entry(name, "cudnn-frontend", None, reason=gone))
+    best, _, little = rivals.rivals(record)[:3]
+    assert best.best(first)["name"] == "cudnn-frontend nchw"
+    assert little.best(first)["name"] == "cudnn-frontend nhwc little workspace"
+    head, row, other = report.table(record)
+    at = head.index("cudnn-frontend us")
+    assert head[at + 1] == "cudnn-frontend tf32 us"
+    assert (row[at : at + 2], other[at : at + 2]) == (["60.00", "9.00"], ["-", "-"])
+    lines = report.text(record).splitlines()
+    at = lines.index("cuDNN's engines, the fastest plan of each format:")
+    assert [line.split() for line in lines[at + 1 : at + 5]] == [
+        "layer entry us workspace plans timed engine".split(),
+        "one nchw 60.00 1.0 GiB 7 eng50_k2=3".split(),
+        "one nhwc little workspace 70.00 0 7 eng50_k2=3".split(),
+        "one nhwc tf32 9.00 0 7 eng50_k2=3".split(),
+    ]
+    assert f"- cudnn-frontend nchw, cudnn-frontend nhwc (two): {gone}" in lines
+    # Without the legacy API there is no set of algorithms by name, and still a best.
+    for layer in record["layers"]:
+        layer["implementations"] = [
+            e for e in layer["implementations"] if e["family"] not in ("cudnn", "torch")
+        ]
+    keys = [rival.key for rival in rivals.rivals(record)]
+    assert keys == ["cudnn best", "cudnn up to 1 MiB", "cublas"]
+
+
+def test_a_family_that_is_missing_as_a_whole_is_one_name(record):
+    for layer in record["layers"]:
+        layer["implementations"] = [
+            _entry("simt", "im2win", 100.0),
+            *(_entry(name, "cudnn", None, reason="no library") for name in "abc"),
+        ]
+    assert "- cudnn (all 3) (all layers): no library" in report.text(record).splitlines()
+    record["layers"][1]["implementations"][2]["reason"] = "another"
+    lines = report.text(record).splitlines()
+    assert "- a, c (all layers): no library" in lines
 
 
 def test_markdown_has_every_rival(record):
+    for layer in record["layers"]:
+        layer["implementations"] += [_entry("tvm tuned", "tvm-tuned", 200.0, None)]
     lines = report.markdown(record).splitlines()
     assert lines[0] == (
-        "| layer | im2win us | TFLOPS | cuDNN, best of all us | cuDNN without workspace us | "
-        "im2col + cuBLAS us | PyTorch us | vs cuDNN, best of all | vs cuDNN without workspace | "
-        "vs im2col + cuBLAS | vs PyTorch | im2win workspace |"
+        "| layer | im2win us | TFLOPS | cuDNN, best of all us | "
+        "cuDNN's algorithms without workspace us | cuDNN, at most 1 MiB of workspace us | "
+        "im2col + cuBLAS us | TVM tuned us | PyTorch us | vs cuDNN, best of all | "
+        "vs cuDNN's algorithms without workspace | vs cuDNN, at most 1 MiB of workspace | "
+        "vs im2col + cuBLAS | vs TVM tuned | vs PyTorch | im2win workspace |"
     )
-    assert "**1.10x** | **2.12x** | **4.00x** | **1.16x**" in lines[-1]
+    means = ["1.10x", "2.83x", "2.12x", "4.00x", "2.00x", "1.16x"]
+    assert " | ".join(f"**{mean}**" for mean in means) in lines[-1]
 
 
 def test_only_float32_has_a_share_of_sgemm(record):
@@ -244,12 +348,15 @@ def test_roofline(record, tmp_path):
 def test_csv(record):
     head, first, *rest = rows.text(record).splitlines()
     assert head == (
-        "layer,problem,dtype,layout,batch,implementation,family,status,reason,"
+        "layer,problem,dtype,layout,batch,implementation,family,accuracy,status,reason,"
         "cold_us,cold_iqr_us,cold_n,hot_us,hot_iqr_us,hot_n,warm_us,warm_iqr_us,warm_n,"
         "tflops,gb_s,workspace_bytes,relative_error,max_error"
     )
     assert first == (
-        "one,mb1ic3ih8oc4kh3,float32,NCHW,1,simt,im2win,ok,,100.0,1.0,9,,,,,,,20,500,0,1e-07,"
+        "one,mb1ic3ih8oc4kh3,float32,NCHW,1,simt,im2win,fp32,ok,,100.0,1.0,9,,,,,,,20,500,0,1e-07,"
     )
-    assert rest[2].startswith("one,mb1ic3ih8oc4kh3,float32,NCHW,1,cudnn:DIRECT,cudnn,absent,Cudnn")
-    assert len(rest) == 11
+    named = {row.split(",")[5]: row for row in rest if row.startswith("one,")}
+    start = "one,mb1ic3ih8oc4kh3,float32,NCHW,1,cudnn:DIRECT,cudnn,fp32,absent,Cudnn"
+    assert named["cudnn:DIRECT"].startswith(start)
+    assert ",torch,tf32,ok," in named["torch nchw tf32"]
+    assert len(rest) == 15

@@ -5,7 +5,7 @@ import gc
 
 import pytest
 
-from im2win_tvm.bench.baselines import cudnn, cudnn_library
+from im2win_tvm.bench.baselines import cudnn_library, cudnn_tensors
 from im2win_tvm.bench.baselines.cudnn import CUDNN, Cudnn
 from im2win_tvm.bench.baselines.cudnn_library import SIGNATURES, CudnnError, Library, Plan
 from im2win_tvm.bench.operands import TorchOperands
@@ -83,15 +83,21 @@ def test_constants_are_those_of_the_headers():
     ]
     assert cudnn_library.FORMATS == {"NCHW": 0, "NHWC": 1}
     assert cudnn_library.DATA_TYPES == {"float32": 0, "float16": 2}
-    # CUDNN_FMA_MATH and CUDNN_TENSOR_OP_MATH: the default, 0, would let TF32 in.
-    assert cudnn_library.MATH_TYPES == {"float32": 3, "float16": 1}
+    assert list(cudnn_library.MATH_TYPES.items()) == [
+        ("DEFAULT", 0),
+        ("TENSOR_OP", 1),
+        ("TENSOR_OP_ALLOW_CONVERSION", 2),
+        ("FMA", 3),
+    ]
 
 
 def test_every_algorithm_in_every_format_has_a_name():
     names = [entry.name for entry in CUDNN]
-    assert len(set(names)) == len(names) == 16
+    assert len(set(names)) == len(names) == 32
     assert names[:2] == ["cudnn:IMPLICIT_GEMM", "cudnn:IMPLICIT_GEMM nhwc"]
-    assert "cudnn:FFT_TILING" in names
+    assert {"cudnn:FFT_TILING", "cudnn:FFT_TILING tf32", "cudnn:FFT_TILING nhwc tf32"} < set(names)
+    assert all((entry.accuracy == "tf32") == entry.name.endswith(" tf32") for entry in CUDNN)
+    assert {entry.accuracy for entry in CUDNN} == {None, "tf32"}
     assert {entry.family for entry in CUDNN} == {"cudnn"}
 
 
@@ -100,11 +106,20 @@ def test_version(number, version):
     assert Library(FakeCudnn(version=number)).version == version
 
 
-@pytest.mark.parametrize(("dtype", "kind", "math"), [("float32", 0, 3), ("float16", 2, 1)])
+# CUDNN_FMA_MATH (3) keeps TF32 out of float32, and CUDNN_DEFAULT_MATH (0) lets it in.
+@pytest.mark.parametrize(
+    ("dtype", "tf32", "kind", "math", "name"),
+    [
+        ("float32", False, 0, 3, "FMA"),
+        ("float32", True, 0, 0, "DEFAULT"),
+        ("float16", False, 2, 1, "TENSOR_OP"),
+    ],
+)
 @pytest.mark.parametrize(("layout", "order"), [("NCHW", 0), ("NHWC", 1)])
-def test_a_plan_describes_the_problem(dtype, kind, math, layout, order):
+def test_a_plan_describes_the_problem(dtype, tf32, kind, math, name, layout, order):
     raw = FakeCudnn()
-    plan = Plan(Library(raw), PROBLEM.replace(dtype=dtype), "FFT", layout)
+    plan = Plan(Library(raw), PROBLEM.replace(dtype=dtype), "FFT", layout, tf32)
+    assert plan.math_type == name
     assert plan.workspace_bytes == 4096
     assert [call[1:] for call in raw.named("cudnnSetTensor4dDescriptor")] == [
         [order, kind, 2, 4, 9, 8],
@@ -187,6 +202,12 @@ def test_gaps(problem, target, reason):
     entry = Cudnn("GEMM", "NCHW", Library(FakeCudnn()))
     assert entry.available(problem, target).startswith(reason)
     assert entry.available(PROBLEM, CUDA) is None
+    assert (
+        Cudnn("GEMM", "NCHW", Library(FakeCudnn()), tf32=True).available(
+            PROBLEM, CudaTarget("sm_70")
+        )
+        == "arch=sm_70: TF32 needs sm_80 or later"
+    )
 
 
 def test_no_library_is_a_gap(monkeypatch):
@@ -206,6 +227,16 @@ def test_a_library_of_something_else_is_a_gap(monkeypatch):
         assert "undefined symbol: cudnn" in cudnn_library.load_library()
     finally:
         cudnn_library.load_library.cache_clear()
+
+
+def test_math_type_of_an_entry_reaches_cudnn_and_the_record(monkeypatch):
+    pytest.importorskip("torch")
+    operands = TorchOperands(PROBLEM, device="cpu")
+    for tf32, value, name in ((False, 3, "FMA"), (True, 0, "DEFAULT")):
+        raw = FakeCudnn()
+        prepared = Cudnn("GEMM", "NCHW", Library(raw), tf32).prepare(operands, CUDA)
+        assert raw.named("cudnnSetConvolutionMathType")[0][1:] == [value]
+        assert prepared.detail["math_type"] == name
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
@@ -248,8 +279,8 @@ def test_algorithms_share_output_and_workspace(layout, monkeypatch):
 def test_tensors_go_with_their_operands():
     pytest.importorskip("torch")
     operands = TorchOperands(PROBLEM, device="cpu")
-    cudnn._tensors_for(operands)
-    assert operands in cudnn._shared
+    cudnn_tensors.tensors_for(operands)
+    assert operands in cudnn_tensors._shared
     del operands
     gc.collect()
-    assert len(cudnn._shared) == 0
+    assert len(cudnn_tensors._shared) == 0

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import units
-from .rivals import Rival, fastest, median_us, rivals
+from . import algorithms, units
+from .accuracy import TF32
+from .cells import aligned, time_cell, workspace_cell
+from .rivals import NO_WORKSPACE, Rival, accuracy, fastest, median_us, rivals
 
 __all__ = ["aligned", "best", "families", "markdown", "speedup", "table", "text"]
 
+#: Families of many entries: one column in the table, and all of them in tables of their own.
+_GROUPED = ("cudnn", "cudnn-frontend")
+
 
 def best(layer: dict[str, Any], family: str) -> dict[str, Any] | None:
-    """The fastest implementation of a family that computed the layer; None if none did."""
+    """The fastest of a family that computed the layer in its own class; None if none did."""
     return fastest(layer, (family,))
 
 
@@ -23,10 +28,7 @@ def families(record: dict[str, Any]) -> list[str]:
 
 def text(record: dict[str, Any]) -> str:
     """The whole report: what was measured how, the table, geometric means, gaps."""
-    lines = [*_heading(record), "", *aligned(table(record)), ""]
-    detailed = _by_algorithm(record)
-    if detailed:
-        lines += ["cuDNN by algorithm, us:", *aligned(detailed), ""]
+    lines = [*_heading(record), "", *aligned(table(record)), "", *algorithms.lines(record)]
     return "\n".join([*lines, *_summary(record), *_notes(record)])
 
 
@@ -34,25 +36,33 @@ def table(record: dict[str, Any]) -> list[list[str]]:
     """Heading and one row a layer.
 
     Times are medians in microseconds, with a cold cache where both states were measured; GB/s
-    counts input, weights and output once; ratios are the competitor's time over ours. cuDNN's
-    algorithms are one column, its fastest, and its name; `text` lists all of them.
+    counts input, weights and output once; ratios are the competitor's time over ours, in the same
+    accuracy class. cuDNN's algorithms and engines are one column each, the fastest of them, and
+    another for the fastest with TF32; `text` lists all of them.
     """
     names = list(
         dict.fromkeys(
             e["name"]
             for layer in record["layers"]
             for e in layer["implementations"]
-            if e["family"] != "cudnn"
+            if e["family"] not in _GROUPED
         )
     )
     present = families(record)
     against = rivals(record)
-    by_name = "cudnn" in present
+    grouped = [family for family in _GROUPED if family in present]
+    in_tf32 = [
+        family
+        for family in grouped
+        if any(fastest(layer, (family,), of_class=TF32) for layer in record["layers"])
+    ]
     ceilings = record.get("ceilings")
     hot = _states(record) == ("cold", "hot")
     unit = units.throughput_unit(record["target"]["kind"])
     head = ["layer", *(f"{name} us" for name in names)]
-    head += ["cudnn us", "cudnn algorithm"] if by_name else []
+    for family in grouped:
+        head += [f"{family} us", *(["cudnn algorithm"] if family == "cudnn" else [])]
+        head += [f"{family} tf32 us"] if family in in_tf32 else []
     head += ["best im2win", unit, "GB/s", *(["% of SGEMM"] if ceilings else [])]
     head += [f"vs {rival.key}" for rival in against]
     head += [f"{family} hot us" for family in present if hot]
@@ -61,10 +71,14 @@ def table(record: dict[str, Any]) -> list[list[str]]:
     for layer in record["layers"]:
         entries = {e["name"]: e for e in layer["implementations"]}
         ours = best(layer, "im2win")
-        row = [layer["name"], *(_time_cell(entries.get(name)) for name in names)]
-        if by_name:
-            chosen = best(layer, "cudnn")
-            row += [_time_cell(chosen), "-" if chosen is None else _algorithm(chosen)]
+        row = [layer["name"], *(time_cell(entries.get(name)) for name in names)]
+        for family in grouped:
+            chosen = best(layer, family)
+            row.append(time_cell(chosen))
+            if family == "cudnn":
+                row.append("-" if chosen is None else algorithms.name_of(chosen))
+            if family in in_tf32:
+                row.append(time_cell(fastest(layer, (family,), of_class=TF32)))
         if ours is None:
             row += ["-", "-", "-", *(["-"] if ceilings else [])]
         else:
@@ -78,7 +92,7 @@ def table(record: dict[str, Any]) -> list[list[str]]:
             entry = best(layer, family)
             row.append("-" if entry is None else units.microseconds(median_us(entry, "hot")))
         for family in present:
-            row.append(_workspace_cell(best(layer, family)))
+            row.append(workspace_cell(best(layer, family)))
         rows.append(row)
     return rows
 
@@ -105,9 +119,9 @@ def markdown(record: dict[str, Any]) -> str:
         else:
             rate = units.throughput(layer["flops"], median_us(ours), unit)
             row += [units.microseconds(median_us(ours)), f"{rate:.1f}"]
-        row += [_time_cell(rival.best(layer)) for rival in against]
+        row += [time_cell(rival.best(layer)) for rival in against]
         row += [_ratio_cell(layer, rival) for rival in against]
-        row.append(_workspace_cell(ours))
+        row.append(workspace_cell(ours))
         rows.append(row)
     means = (units.geomean(_speedups(record, rival)) for rival in against)
     bold = [f"**{units.ratio(mean)}**" if mean is not None else "-" for mean in means]
@@ -168,7 +182,19 @@ def _summary(record: dict[str, Any]) -> list[str]:
         ]
         if lost:
             lines.append(f"  not faster on {', '.join(lost)}")
+        if rival.algorithms:
+            lines.append(_asked_for(record, rival))
     return lines
+
+
+def _asked_for(record: dict[str, Any], rival: Rival) -> str:
+    """The workspace of those that a rival was: it is a selection by name, not by figure."""
+    chosen = [entry for layer in record["layers"] if (entry := rival.best(layer)) is not None]
+    sizes = [entry["workspace_bytes"] for entry in chosen]
+    return (
+        f"  the faster of {' and '.join(NO_WORKSPACE)}; workspace by cuDNN's own figure "
+        f"{units.size(min(sizes))} to {units.size(max(sizes))}"
+    )
 
 
 def _notes(record: dict[str, Any]) -> list[str]:
@@ -187,14 +213,34 @@ def _notes(record: dict[str, Any]) -> list[str]:
     for (status, reason, layers), names in together.items():
         everywhere = len(layers) == len(record["layers"]) and len(layers) > 1
         where = "all layers" if everywhere else ", ".join(layers)
-        lines.append(f"{words[status]} {', '.join(names)} ({where}): {reason}")
+        lines.append(f"{words[status]} {_named(record, names)} ({where}): {reason}")
     if any(
         e.get("times") and e["workspace_bytes"] is None
         for layer in record["layers"]
         for e in layer["implementations"]
     ):
         lines.append("workspace '?': not told by the implementation")
+    if any(
+        e.get("times") and accuracy(layer, e) == TF32
+        for layer in record["layers"]
+        for e in layer["implementations"]
+    ):
+        lines.append("tf32: float32 with TF32 allowed, a class of its own; in no ratio")
     return lines
+
+
+def _named(record: dict[str, Any], names: list[str]) -> str:
+    """Names in a row, a family of many by its own where all of it is meant."""
+    families: dict[str, list[str]] = {}
+    for layer in record["layers"]:
+        for entry in layer["implementations"]:
+            families.setdefault(entry["family"], []).append(entry["name"])
+    shown = list(names)
+    for family in _GROUPED:
+        every = list(dict.fromkeys(families.get(family, [])))
+        if len(every) > 1 and set(every) <= set(names):
+            shown = [f"{family} (all {len(every)})", *(n for n in shown if n not in every)]
+    return ", ".join(shown)
 
 
 def _states(record: dict[str, Any]) -> tuple[str, ...]:
@@ -205,55 +251,11 @@ def _states(record: dict[str, Any]) -> tuple[str, ...]:
     return ()
 
 
-def aligned(rows: list[list[str]]) -> list[str]:
-    """Lines of a table: the first column to the left, figures to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
-def _by_algorithm(record: dict[str, Any]) -> list[list[str]]:
-    """Heading and one row a layer: every algorithm of cuDNN that ran anywhere; empty of none."""
-    layers = [
-        {e["name"]: e for e in layer["implementations"] if e["family"] == "cudnn"}
-        for layer in record["layers"]
-    ]
-    names = list(dict.fromkeys(n for layer in layers for n, e in layer.items() if e.get("times")))
-    if not names:
-        return []
-    rows = [["layer", *(name.partition(":")[2] for name in names)]]
-    for layer, entries in zip(record["layers"], layers, strict=True):
-        rows.append([layer["name"], *(_time_cell(entries.get(name)) for name in names)])
-    return rows
-
-
-def _algorithm(entry: dict[str, Any]) -> str:
-    return entry["name"].partition(":")[2] or entry["name"]
-
-
 def _share_cell(layer: dict[str, Any], rate: float, ceilings: dict[str, Any]) -> str:
     """Our rate as a share of the float32 product's; nothing for a layer in another dtype."""
     if layer["dtype"] != "float32":
         return "-"
     return f"{100 * rate / ceilings['sgemm']['tflops']:.0f}"
-
-
-def _time_cell(entry: dict[str, Any] | None) -> str:
-    if entry is None or entry["status"] == "absent":
-        return "-"
-    if entry["status"] == "failed":
-        return "FAILED"
-    return ("~" if entry["status"] == "outside" else "") + units.microseconds(median_us(entry))
-
-
-def _workspace_cell(entry: dict[str, Any] | None) -> str:
-    if entry is None:
-        return "-"
-    return "?" if entry["workspace_bytes"] is None else units.size(entry["workspace_bytes"])
 
 
 def _ratio_cell(layer: dict[str, Any], rival: Rival) -> str:

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from . import published, report, units
-from .rivals import Rival, median_us
+from .rivals import CUDNN_FAMILIES, Rival, median_us
 
 __all__ = ["SIDES", "draw_memory", "draw_rates", "memory", "rates", "summary"]
 
 #: The paper's four implementations by the field names of `published`. cuDNN is the best of all its
-#: algorithms and of PyTorch's use of it.
+#: algorithms, of its engines and of PyTorch's use of them, TF32 off.
 SIDES: dict[str, Rival] = {
     "cublas": Rival("cublas", "im2col + cuBLAS", ("cublas",)),
-    "cudnn": Rival("cudnn", "cuDNN, best", ("cudnn", "torch")),
+    "cudnn": Rival("cudnn", "cuDNN, best", CUDNN_FAMILIES),
     "direct": Rival("direct", "direct", ("direct",)),
     "im2win": Rival("im2win", "im2win", ("im2win",)),
 }

@@ -7,14 +7,15 @@ import io
 from typing import Any
 
 from . import units
-from .rivals import median_us
+from .rivals import accuracy, median_us
 
 __all__ = ["COLUMNS", "text"]
 
 _STATES = ("cold", "hot", "warm")
 #: Times in microseconds, rates from the first state measured, sizes in bytes.
 COLUMNS = (
-    "layer", "problem", "dtype", "layout", "batch", "implementation", "family", "status", "reason",
+    "layer", "problem", "dtype", "layout", "batch", "implementation", "family", "accuracy",
+    "status", "reason",
     *(f"{state}_{what}" for state in _STATES for what in ("us", "iqr_us", "n")),
     "tflops", "gb_s", "workspace_bytes", "relative_error", "max_error",
 )  # fmt: skip
@@ -34,6 +35,7 @@ def text(record: dict[str, Any]) -> str:
 def _row(layer: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     row = {field: layer[field] for field in ("problem", "dtype", "layout", "batch")}
     row |= {"layer": layer["name"], "implementation": entry["name"]}
+    row["accuracy"] = accuracy(layer, entry)
     fields = ("family", "status", "reason", "workspace_bytes", "relative_error", "max_error")
     row |= {field: entry.get(field) for field in fields}
     times = entry.get("times")

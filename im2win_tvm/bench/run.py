@@ -16,6 +16,7 @@ from ..builds import Request, build_all, default_jobs
 from ..problem import ConvProblem
 from ..target import Target
 from . import ceilings, timing
+from .accuracy import ACCURACY, TF32, TF32_DTYPE, TF32_LIMIT
 from .baselines import Implementation, Prepared
 from .baselines.im2win import Im2win
 from .operands import Operands, operands_for
@@ -159,9 +160,12 @@ def _measure(
     ready: dict[str, Prepared] = {}
     operands = operands_for(problem, target.kind)
     for implementation in implementations:
+        if implementation.accuracy == TF32 and problem.dtype != TF32_DTYPE:
+            continue  # no gap: there is nothing that it could compute
         entry = {
             "name": implementation.name,
             "family": implementation.family,
+            "accuracy": implementation.accuracy or ACCURACY[problem.dtype],
             "status": "absent",
             "reason": implementation.available(problem, target),
         }
@@ -196,7 +200,9 @@ def _checked(
         "max_error": _finite(outcome.max_error),
         "relative_error": _finite(outcome.relative_error),
     }
-    if outcome.in_class:
+    # The operands know the class of their dtype alone.
+    in_tf32 = implementation.accuracy == TF32 and outcome.relative_error <= TF32_LIMIT
+    if outcome.in_class or in_tf32:
         entry["status"] = "ok"
     elif limit is not None and outcome.relative_error <= limit[operands.problem.dtype]:
         entry["status"], entry["reason"] = "outside", outcome.message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...schedules import SCHEDULES
 from ...target import Target
+from ..accuracy import TF32
 from .base import Implementation, Prepared
 from .cublas import Cublas
 from .cudnn import CUDNN
@@ -20,7 +21,7 @@ COMPETITORS: dict[str, tuple[Implementation, ...]] = {
     "cublas": (Cublas(),),
     "direct": (Direct(),),
     "tvm": (TvmDefault(),),
-    "torch": (Torch(channels_last=False), Torch(channels_last=True)),
+    "torch": tuple(Torch(last, tf32) for tf32 in (False, True) for last in (False, True)),
 }
 #: What is measured unless something else is asked for: they exist for every target.
 DEFAULT = ("tvm", "torch")
@@ -43,4 +44,6 @@ def implementations(
         if (candidate.kind == target.kind if schedule is None else name == schedule)
     ]
     families = DEFAULT if against is None else against
-    return [*ours, *(entry for family in families for entry in COMPETITORS[family])]
+    theirs = [entry for family in families for entry in COMPETITORS[family]]
+    # Where there is no TF32 at all, its absence is no gap.
+    return [*ours, *(e for e in theirs if target.kind == "cuda" or e.accuracy != TF32)]

@@ -35,12 +35,14 @@ class Implementation(Protocol):
     """One way to compute a convolution.
 
     name: unique. family: whose it is; a table compares the best of each family.
+    accuracy: the accuracy class it computes in, None for that of the problem's dtype.
     relative_limit: relative error up to which it counts as computing the convolution at all, by
     dtype; None for the project's own, which must meet the accuracy class.
     """
 
     name: str
     family: str
+    accuracy: str | None
     relative_limit: dict[str, float] | None
 
     def available(self, problem: ConvProblem, target: Target) -> str | None:
@@ -53,3 +55,5 @@ class Implementation(Protocol):
 #: Competitors choose algorithms of their own, Winograd or half-precision sums among them. Up to
 #: here their output counts as the convolution, and their error is stated.
 COMPETITOR_LIMIT = {"float32": 1e-3, "float16": 2e-2}
+#: The same with TF32 allowed: its products are as exact as those of float16.
+TF32_COMPETITOR_LIMIT = {"float32": COMPETITOR_LIMIT["float16"]}

@@ -29,6 +29,7 @@ class Cublas:
 
     name = "cublas"
     family = "cublas"
+    accuracy = None
     relative_limit = COMPETITOR_LIMIT
 
     def available(self, problem: ConvProblem, target: Target) -> str | None:

@@ -17,7 +17,16 @@ from typing import Any
 
 from ...problem import ConvProblem
 
-__all__ = ["ALGORITHMS", "FORMATS", "CudnnError", "Library", "Plan", "load_library"]
+__all__ = [
+    "ALGORITHMS",
+    "FORMATS",
+    "MATH_TYPES",
+    "CudnnError",
+    "Library",
+    "Plan",
+    "load_library",
+    "math_type",
+]
 
 #: cudnnConvolutionFwdAlgo_t by name.
 ALGORITHMS = {
@@ -34,9 +43,10 @@ ALGORITHMS = {
 FORMATS = {"NCHW": 0, "NHWC": 1}
 #: cudnnDataType_t by dtype.
 DATA_TYPES = {"float32": 0, "float16": 2}
-#: cudnnMathType_t by dtype: FMA, which keeps TF32 out, and TENSOR_OP.
-MATH_TYPES = {"float32": 3, "float16": 1}
-MATH_NAMES = {"float32": "FMA", "float16": "TENSOR_OP"}
+#: cudnnMathType_t by name. On float32 tensors, from sm_80 on, DEFAULT and TENSOR_OP allow TF32 and
+#: FMA forbids it (cuDNN's API reference, cudnnMathType_t). TENSOR_OP_ALLOW_CONVERSION would let
+#: cuDNN round float32 tensors to float16: no class of ours, and used nowhere.
+MATH_TYPES = {"DEFAULT": 0, "TENSOR_OP": 1, "TENSOR_OP_ALLOW_CONVERSION": 2, "FMA": 3}
 # cudnnConvolutionMode_t: what neural networks call a convolution.
 _CROSS_CORRELATION = 1
 # cudnnDataType_t of the sums, in both dtypes.
@@ -64,6 +74,13 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cudnnGetErrorString": (_I,),
     "cudnnGetVersion": (),
 }
+
+
+def math_type(dtype: str, tf32: bool = False) -> str:
+    """The name of the math type: what PyTorch sets for the same dtype and `allow_tf32`."""
+    if dtype == "float16":
+        return "TENSOR_OP"
+    return "DEFAULT" if tf32 else "FMA"
 
 
 class CudnnError(RuntimeError):
@@ -120,13 +137,22 @@ class Library:
 class Plan:
     """One algorithm for one problem with tensors in one format.
 
-    layout: ``"NCHW"`` or ``"NHWC"``, that of x, w and y in memory. Descriptors are destroyed with
-    the plan, or at once if it cannot be made. workspace_bytes: what cuDNN asks for.
+    algorithm: a name in ALGORITHMS. layout: ``"NCHW"`` or ``"NHWC"``, that of x, w and y in
+    memory. tf32: whether float32 may be computed in TF32. Descriptors are destroyed with the plan,
+    or at once if it cannot be made. workspace_bytes: what cuDNN asks for.
     Raises CudnnError with the status of the first call that is refused.
     """
 
-    def __init__(self, library: Library, problem: ConvProblem, algorithm: str, layout: str) -> None:
+    def __init__(
+        self,
+        library: Library,
+        problem: ConvProblem,
+        algorithm: str,
+        layout: str,
+        tf32: bool = False,
+    ) -> None:
         self._library = library
+        self.math_type = math_type(problem.dtype, tf32)
         self._algorithm = ALGORITHMS[algorithm]
         call, kind = library.call, DATA_TYPES[problem.dtype]
         order = FORMATS[layout]
@@ -151,7 +177,7 @@ class Plan:
                 _CROSS_CORRELATION,
                 _COMPUTE_FLOAT,
             )
-            math = MATH_TYPES[problem.dtype]
+            math = MATH_TYPES[self.math_type]
             call("cudnnSetConvolutionMathType", self._convolution, math)
             call("cudnnSetConvolutionGroupCount", self._convolution, problem.groups)
             size = c_size_t()

@@ -20,6 +20,7 @@ class Im2win:
     """
 
     family = "im2win"
+    accuracy = None
     relative_limit = None
 
     def __init__(

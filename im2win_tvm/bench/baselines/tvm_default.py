@@ -24,6 +24,7 @@ class TvmDefault:
 
     name = "tvm"
     family = "tvm"
+    accuracy = None
     relative_limit = COMPETITOR_LIMIT
 
     def available(self, problem: ConvProblem, target: Target) -> str | None:
