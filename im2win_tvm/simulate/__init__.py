@@ -1,0 +1,73 @@
+"""Run a TIRx CUDA kernel on the CPU as the GPU would, and stop at what would go wrong there.
+
+All threads of a group of blocks run in lock step, one statement after another, as NumPy arrays.
+Checked on the way:
+
+* every access: bounds of the array, alignment of vectors and copies to their size, words of shared
+  memory and registers that nothing was written to;
+* order: two threads on one word of shared memory, or of an array that the kernel writes, one of
+  them writing, with no barrier between; two lanes of one statement that write one word;
+* `cp.async`: its bytes arrive when the issuing thread waits for their group, and no sooner; nothing
+  may touch them before;
+* barriers: reached by all threads of the block or of none;
+* clusters: no access of another block's shared memory before a cluster barrier shows that it runs,
+  nor one that its end might precede.
+
+Not simulated: time, the order of warps (a race is an error in any order), caches, and blocks that
+wait for each other other than through `barrier.cluster` outside divergent code. Both operands of
+`T.Select` are evaluated in every lane; those of `T.if_then_else`, `and`, `or` are not.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from tvm import tirx
+
+from .banks import Conflicts
+from .errors import SimulationError
+from .program import Program
+
+# Threads that run together: enough to make NumPy's cost per call small.
+_LANES = 8192
+
+
+class Report(NamedTuple):
+    """What a run did. Barriers and copied bytes are summed over the groups of blocks that ran.
+
+    conflicts: by statement, wavefronts of shared memory and how many more they are than without
+    bank conflicts; empty unless asked for.
+    """
+
+    barriers: int
+    cluster_barriers: int
+    copied_bytes: int
+    conflicts: dict[str, Conflicts]
+
+
+def run(
+    function: tirx.PrimFunc,
+    arrays: dict[str, np.ndarray],
+    *,
+    uninitialised: bool = False,
+    conflicts: bool = False,
+    lanes: int = _LANES,
+) -> Report:
+    """Run a TIRx function, as parsed, on arrays by parameter name, in place.
+
+    The arrays are contiguous and have the sizes and types of the parameters. `uninitialised` lets
+    the kernel read shared memory and registers that it never wrote: as NaN. `lanes` threads run
+    together. Raises SimulationError at the first fault, or for what is not simulated.
+    """
+    with np.errstate(all="ignore"):  # lanes that do not execute compute nonsense
+        program = Program(function, arrays, not uninitialised, conflicts)
+        program.run(lanes)
+    machine, banks = program.machine, program.banks
+    return Report(
+        machine.barriers,
+        machine.cluster_barriers,
+        program.copies.bytes,
+        {} if banks is None else banks.by_statement,
+    )
+
+
+__all__ = ["Conflicts", "Report", "SimulationError", "run"]

@@ -1,0 +1,49 @@
+"""What a simulation reports: a fault, and the place in the program that it names."""
+
+from typing import Any
+
+
+class SimulationError(RuntimeError):
+    """A fault of the kernel, or something in it that is not simulated.
+
+    `statement` is TVMScript; `block` and `thread` are blockIdx and threadIdx (x, y, z) of the first
+    thread at fault, None where no thread is to blame; `address` is in bytes from the start of the
+    array or of the block's shared memory.
+    """
+
+    def __init__(self, message: str, statement: str = "", block=None, thread=None, address=None):
+        super().__init__(message)
+        self.statement = statement
+        self.block, self.thread, self.address = block, thread, address
+
+
+class Site:
+    """A statement and the loops around it, for messages."""
+
+    _LONGEST = 200
+
+    def __init__(self, node: Any, loops: tuple[tuple[str, int], ...], env: list):
+        self._node, self._loops, self._env = node, loops, env
+        self._text: str | None = None
+
+    def __str__(self) -> str:
+        if self._text is None:
+            lines = [row for row in str(self._node).splitlines() if not row.startswith("#")]
+            text = " ".join(" ".join(lines).split())
+            if len(text) > self._LONGEST:
+                text = text[: self._LONGEST] + " ..."
+            self._text = text
+        return self._text
+
+    def fail(self, machine: Any, message: str, lane: int | None = None, address: int | None = None):
+        """Raise the error; `lane` counts the threads of the group of blocks that runs."""
+        block = thread = None
+        place = ""
+        if lane is not None:
+            block, thread = machine.coordinates(machine.gid[lane])
+            place = f" by {machine.name(machine.gid[lane])}"
+        if address is not None:
+            place += f" at byte {address}"
+        trips = ", ".join(f"{name}={self._env[slot]}" for name, slot in self._loops)
+        where = f" in `{self}`" + (f" with {trips}" if trips else "")
+        raise SimulationError(message + place + where, str(self), block, thread, address)
