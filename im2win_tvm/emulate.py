@@ -1,8 +1,9 @@
-"""Run a CUDA schedule's TensorIR on the CPU: every thread a turn of a serial loop.
+"""Run a CUDA schedule's kernels on a machine without a GPU.
 
-This checks what a schedule computes (index arithmetic, tails, staging) on a machine without a
-GPU. It does not exercise what the GPU adds: barriers, and the software pipeline, whose annotations
-are dropped.
+What a schedule of TensorIR computes (index arithmetic, tails, staging) is checked with every thread
+a turn of a serial loop. That does not exercise what the GPU adds: barriers, and the software
+pipeline, whose annotations are dropped. TIRx kernels say these themselves and are simulated with
+them; see `simulate` for what is checked.
 """
 
 from typing import Any
@@ -12,8 +13,9 @@ import tvm
 import tvm_ffi
 from tvm import tirx
 
+from . import simulate
 from .epilogue import NONE, Epilogue
-from .lower import calls, function_parameters, lower
+from .lower import calls, function_parameters, is_tirx, lower
 from .problem import ConvProblem
 from .schedules import Schedule
 from .schedules.base import PREPARE
@@ -46,19 +48,27 @@ def run(
 ) -> np.ndarray:
     """The schedule's output for `arrays` (x, w, and bias and residual where the epilogue has them).
 
-    Every other array, the output included, starts as NaN.
+    Every other array, the output included, starts as NaN. Raises simulate.SimulationError for a
+    fault in a TIRx kernel.
     """
     module = lower(schedule.build(problem, config, target, epilogue))
     parameters = function_parameters(module)
-    host = tvm.IRModule({v.name_hint: serial(f) for v, f in module.functions_items()})
-    library = tvm.compile(host, target="llvm").jit()
+    functions = {v.name_hint: f for v, f in module.functions_items()}
+    scheduled = {name: serial(f) for name, f in functions.items() if not is_tirx(f)}
+    library = tvm.compile(tvm.IRModule(scheduled), target="llvm").jit() if scheduled else {}
     values = {name: tvm.runtime.tensor(array) for name, array in arrays.items()}
     for call in [
         {"function": PREPARE, "arguments": [p.name for p in parameters[PREPARE]]},
         *calls(module),
     ]:
-        for p in parameters[call["function"]]:
+        name = call["function"]
+        for p in parameters[name]:
             if p.name not in values:
                 values[p.name] = tvm.runtime.tensor(np.full(p.shape, np.nan, p.dtype))
-        library[call["function"]](*(values[name] for name in call["arguments"]))
+        if name in scheduled:
+            library[name](*(values[argument] for argument in call["arguments"]))
+        else:
+            held = {argument: values[argument].numpy() for argument in call["arguments"]}
+            simulate.run(functions[name], held)
+            values |= {argument: tvm.runtime.tensor(array) for argument, array in held.items()}
     return values["y"].numpy()

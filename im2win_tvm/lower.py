@@ -1,4 +1,8 @@
-"""From a schedule's module to object files or CUDA source, through TVM."""
+"""From a schedule's module to object files or CUDA source, through TVM.
+
+A module's functions are TensorIR of the schedule language (`s_tir`) or TIRx, TVM's language of
+explicit threads, or some of each.
+"""
 
 import os
 import threading
@@ -10,6 +14,7 @@ import numpy as np
 import tvm
 import tvm_ffi
 from tvm import tirx
+from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
 
 from .schedules.base import ALIGNMENT, ARGUMENTS, CONV, TRANSFORM
 from .target import CpuTarget, CudaTarget
@@ -26,6 +31,39 @@ class Parameter(NamedTuple):
     dtype: str
     alignment: int
     workspace: bool
+
+
+def is_tirx(function: tirx.PrimFunc) -> bool:
+    """Whether a function is TIRx and not the output of a schedule."""
+    return not function.attrs.get("s_tir")
+
+
+def _pipeline():
+    """TVM's two lowering pipelines, each for the functions written in its language."""
+    _, finalize_host, finalize_device = get_tir_pipeline("tirx")
+
+    @tvm.transform.module_pass(opt_level=0)
+    def pipeline(module: tvm.IRModule, _context) -> tvm.IRModule:
+        parts = [
+            get_tir_pipeline(name)[0](part)
+            for name, wanted in (("s_tir", False), ("tirx", True))
+            if (part := _only(module, wanted)).functions
+        ]
+        functions = {v: f for part in parts for v, f in part.functions_items()}
+        if len(parts) > 1:
+            # A pipeline that sees one function takes it for the entry of the whole module.
+            functions = {v: f.without_attr(_ENTRY) for v, f in functions.items()}
+        return tvm.IRModule(functions, attrs=module.attrs)
+
+    return pipeline, finalize_host, finalize_device
+
+
+def _only(module: tvm.IRModule, tirx_functions: bool) -> tvm.IRModule:
+    return tirx.transform.Filter(lambda function: is_tirx(function) == tirx_functions)(module)
+
+
+_PIPELINE, _ENTRY = "im2win", "tirx.is_entry_func"
+register_tir_pipeline(_PIPELINE, _pipeline)
 
 
 def lower(module: tvm.IRModule) -> tvm.IRModule:
@@ -128,7 +166,7 @@ def cuda_source(module: tvm.IRModule, target: CudaTarget) -> str:
 
     tvm_target = target.tvm()
     with _source_only(), tvm_target:
-        executable = tvm.compile(module, target=tvm_target)
+        executable = tvm.compile(module, target=tvm_target, tir_pipeline=_PIPELINE)
     return export_cuda_host(executable.mod)
 
 
@@ -137,6 +175,7 @@ __all__ = [
     "calls",
     "cuda_source",
     "function_parameters",
+    "is_tirx",
     "lower",
     "write_objects",
 ]

@@ -58,9 +58,12 @@ def run(
     the kernel read shared memory and registers that it never wrote: as NaN. `lanes` threads run
     together. Raises SimulationError at the first fault, or for what is not simulated.
     """
-    with np.errstate(all="ignore"):  # lanes that do not execute compute nonsense
-        program = Program(function, arrays, not uninitialised, conflicts)
-        program.run(lanes)
+    try:
+        with np.errstate(all="ignore"):  # lanes that do not execute compute nonsense
+            program = Program(function, arrays, not uninitialised, conflicts)
+            program.run(lanes)
+    except SimulationError as error:
+        raise error.with_traceback(None) from None  # the message says where; our frames do not
     machine, banks = program.machine, program.banks
     return Report(
         machine.barriers,

@@ -28,8 +28,8 @@ class Site:
 
     def __str__(self) -> str:
         if self._text is None:
-            lines = [row for row in str(self._node).splitlines() if not row.startswith("#")]
-            text = " ".join(" ".join(lines).split())
+            # The script declares the variables first; the statement is the last line.
+            text = str(self._node).strip().splitlines()[-1].strip()
             if len(text) > self._LONGEST:
                 text = text[: self._LONGEST] + " ..."
             self._text = text
@@ -44,6 +44,13 @@ class Site:
             place = f" by {machine.name(machine.gid[lane])}"
         if address is not None:
             place += f" at byte {address}"
-        trips = ", ".join(f"{name}={self._env[slot]}" for name, slot in self._loops)
+        trips = ", ".join(f"{name}={_shown(self._env[slot])}" for name, slot in self._loops)
         where = f" in `{self}`" + (f" with {trips}" if trips else "")
         raise SimulationError(message + place + where, str(self), block, thread, address)
+
+
+def _shown(value: Any) -> str:
+    """A loop variable: a number, a range of them in a vector loop, or different by thread."""
+    if type(value) is int:
+        return str(value)
+    return f"{value[0, 0]}..{value[-1, 0]}" if value.ndim == 2 else "(by thread)"

@@ -55,11 +55,11 @@ def parameters(function: tirx.PrimFunc, arrays: dict[str, np.ndarray]) -> list[R
             raise SimulationError(f"arrays: no {p.name}, a parameter of the function")
         given = arrays[p.name]
         element, vector = numpy_type(str(p.dtype))
-        size = prod(int(n) for n in p.shape) * vector
-        if given.dtype != element or given.size != size or not given.flags.c_contiguous:
+        shape = tuple(int(n) for n in p.shape) + ((vector,) if vector > 1 else ())
+        if given.dtype != element or given.shape != shape or not given.flags.c_contiguous:
             raise SimulationError(
-                f"{p.name}: the function takes {size} contiguous elements of {element}, not "
-                f"{given.shape} of {given.dtype} with strides {given.strides}"
+                f"{p.name}: the function takes {element}{list(shape)}, contiguous; this is "
+                f"{given.dtype}{list(given.shape)} with strides {given.strides}"
             )
         # Aligned to what the parameter declares, and to no more.
         base = (number + 1 << SPACING) + int(p.data_alignment)
