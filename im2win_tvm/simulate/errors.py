@@ -35,8 +35,19 @@ class Site:
             self._text = text
         return self._text
 
-    def fail(self, machine: Any, message: str, lane: int | None = None, address: int | None = None):
-        """Raise the error; `lane` counts the threads of the group of blocks that runs."""
+    def fail(
+        self,
+        machine: Any,
+        message: str,
+        lane: int | None = None,
+        address: int | None = None,
+        over: bool = False,
+    ):
+        """Raise the error.
+
+        `lane` counts the threads of the group of blocks that runs. `over`: the statement ended
+        some time ago, and loops around it are elsewhere.
+        """
         block = thread = None
         place = ""
         if lane is not None:
@@ -44,8 +55,10 @@ class Site:
             place = f" by {machine.name(machine.gid[lane])}"
         if address is not None:
             place += f" at byte {address}"
-        trips = ", ".join(f"{name}={_shown(self._env[slot])}" for name, slot in self._loops)
-        where = f" in `{self}`" + (f" with {trips}" if trips else "")
+        where = f" in `{self}`"
+        if self._loops and not over:
+            trips = (f"{name}={_shown(self._env[slot])}" for name, slot in self._loops)
+            where += f" with {', '.join(trips)}"
         raise SimulationError(message + place + where, str(self), block, thread, address)
 
 

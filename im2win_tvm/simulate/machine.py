@@ -98,13 +98,8 @@ class Machine:
 
     def name(self, gid: int) -> str:
         """A thread of the grid, for messages."""
-
-        def short(index, extents):
-            return index[0] if extents[1:] == (1, 1) else index
-
         block, thread = self.coordinates(gid)
-        block, thread = short(block, self.launch.grid), short(thread, self.launch.block)
-        return f"block {block} thread {thread}"
+        return f"block {_short(block, self.launch.grid)} thread {_short(thread, self.launch.block)}"
 
     def whole_blocks(self, mask: Mask, site: Site, what: str) -> np.ndarray:
         """The blocks that execute; an error if one does so without some of its threads."""
@@ -193,10 +188,18 @@ class Machine:
         left = np.flatnonzero((self.reached >= 0) & (self.waited <= self.reached))
         if left.size:
             lane, site = self.reacher[left[0]]
-            owner = self.launch.block_index(int(self.gid[left[0] * self.threads]) // self.threads)
+            block, _ = self.coordinates(self.gid[left[0] * self.threads])
+            owner = _short(block, self.launch.grid)
             site.fail(
                 self,
                 f"block {owner} may have left the cluster, no barrier keeps it: access to its"
                 " shared memory",
                 lane,
+                over=True,
             )
+
+
+def _short(index: tuple[int, ...], extents: tuple[int, ...]):
+    """An index without the trailing axes that have one entry."""
+    axes = max((at for at, n in enumerate(extents, 1) if n > 1), default=1)
+    return index[0] if axes == 1 else index[:axes]

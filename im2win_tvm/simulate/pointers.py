@@ -42,24 +42,33 @@ class Space:
         told, divide the address.
         """
         address = np.broadcast_to(np.asarray(address), lanes.shape).astype(np.int64)
-        odd = address % (aligned or nbytes) != 0
+        in_shared = space.startswith("shared") or (not space and bool((address >= SHARED).all()))
+        base, end = pointer.bounds or (0, 0)
+        wide = aligned or nbytes
+        odd = address % wide != 0
         if odd.any():
-            self._fail(site, lanes, odd, address, f"{aligned or nbytes}-byte access not aligned")
-        generic = not space and (address >= SHARED).all()
-        if space.startswith("shared") or generic:
+            name = pointer.name or "address"
+            known = f", of an array aligned to {base & -base}" if base & (wide - 1) else ""
+            offset = (address & _OFFSET) - (base & _OFFSET) if in_shared else address - base
+            message = f"{name}: {wide} bytes not aligned to them{known}"
+            self._fail(site, lanes, odd, offset, message)
+        if in_shared:
             return self._shared(pointer, address & 0xFFFFFFFF, nbytes, space, lanes, site)
-        region = self._arrays[0] if self._arrays else None
-        number = int(address[0] >> SPACING) - 1
-        if 0 <= number < len(self._arrays):
-            region = self._arrays[number]
-        if region is None:
-            self._fail(site, lanes, odd | True, address, "not an address of global memory")
-        first, end = pointer.bounds or (region.base, region.base + region.nbytes)
-        outside = (address < first) | (address + nbytes > end)
+        if pointer.bounds is None:
+            other = address >> SPACING != address[0] >> SPACING
+            if other.any():
+                message = "threads that point into several arrays are not simulated"
+                self._fail(site, lanes, other, address, message)
+        number = (int(base or address[0]) >> SPACING) - 1
+        if not 0 <= number < len(self._arrays):
+            self._fail(site, lanes, address == address[0], address, "not an address of an array")
+        region = self._arrays[number]
+        if pointer.bounds is None:
+            base, end = region.base, region.base + region.nbytes
+        outside = (address < base) | (address + nbytes > end)
         if outside.any():
-            name = pointer.name or region.name
-            message = f"{name}: {nbytes} bytes outside the {end - first} of the array"
-            self._fail(site, lanes, outside, address - first, message)
+            message = f"{pointer.name or region.name}: {nbytes} bytes outside its {end - base}"
+            self._fail(site, lanes, outside, address - base, message)
         return region, address - region.base
 
     def _shared(self, pointer, address, nbytes, space, lanes, site) -> tuple[Region, np.ndarray]:
@@ -84,7 +93,7 @@ class Space:
         outside = (offset < first) | (offset + nbytes > end)
         if outside.any():
             name = pointer.name or shared.name
-            message = f"{name}: {nbytes} bytes outside the {end - first} of the array"
+            message = f"{name}: {nbytes} bytes outside its {end - first}"
             self._fail(site, lanes, outside, offset - first, message)
         return shared, owner * shared.nbytes + offset
 
