@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from .schedules import Schedule, ScheduleError
 from .target import CudaTarget, Target
 from .toolchain import ToolchainError
 
-__all__ = ["Request", "build_all", "default_jobs"]
+__all__ = ["Builder", "Request", "build_all", "default_jobs"]
 
 
 @dataclass(frozen=True)
@@ -46,28 +48,108 @@ def build_all(requests: Iterable[Request], jobs: int = 1) -> Iterator[Kernel | E
 
     With more than one job at most twice as many kernels as jobs are built ahead.
     """
-    if jobs == 1:
-        for request in requests:
-            try:
-                kernel: Kernel | Exception = _build(request)
-            except Exception as error:  # whatever TVM raises concerns this kernel alone
-                kernel = error
-            yield kernel
-        return
-    # Not forked: a CUDA context does not survive that.
-    context = multiprocessing.get_context("spawn")
-    waiting: deque[tuple[Future, tempfile.TemporaryDirectory]] = deque()
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with Builder(jobs) as builder:
+        yield from builder.build(requests)
+
+
+class _Waiting:
+    """A kernel that is being built in another process."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.folder = tempfile.TemporaryDirectory(prefix="im2win-")
+        self.future: Future | None = None
+
+    def submit(self, pool: ProcessPoolExecutor) -> None:
+        try:
+            self.future = pool.submit(_build_to, self.request, _library(self.folder))
+        except BrokenProcessPool as error:  # just found out: as if it had begun
+            self.future = Future()
+            self.future.set_exception(error)
+
+    def broken(self) -> bool:
+        """Whether it went down with the pool."""
+        return not self.future.done() or isinstance(self.future.exception(), BrokenProcessPool)
+
+
+class Builder:
+    """Processes that build kernels and stay for the next ones; a context manager.
+
+    jobs: how many; 1 builds in this process.
+    """
+
+    def __init__(self, jobs: int = 1) -> None:
+        self.jobs = jobs
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Builder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def build(self, requests: Iterable[Request]) -> Iterator[Kernel | Exception]:
+        """As `build_all`. A process that ends while it builds costs that kernel alone."""
+        if self.jobs == 1:
+            for request in requests:
+                try:
+                    kernel: Kernel | Exception = _build(request)
+                except Exception as error:  # whatever TVM raises concerns this kernel alone
+                    kernel = error
+                yield kernel
+            return
+        waiting: deque[_Waiting] = deque()
         try:
             for request in requests:
-                folder = tempfile.TemporaryDirectory(prefix="im2win-")
-                waiting.append((pool.submit(_build_to, request, _library(folder)), folder))
-                if len(waiting) >= 2 * jobs:
-                    yield _built(*waiting.popleft())
+                waiting.append(_Waiting(request))
+                waiting[-1].submit(self._started())
+                if len(waiting) >= 2 * self.jobs:
+                    yield self._built(waiting)
             while waiting:
-                yield _built(*waiting.popleft())
+                yield self._built(waiting)
         finally:
-            pool.shutdown(cancel_futures=True)
+            for entry in waiting:
+                entry.future.cancel()
+
+    def _built(self, waiting: deque[_Waiting]) -> Kernel | Exception:
+        """The first kernel of those waiting, or its error."""
+        entry = waiting.popleft()
+        try:
+            error = entry.future.result()
+        except BrokenProcessPool:
+            # Whose fault it was is not known: this one is tried alone, and the others again.
+            error = self._alone(entry)
+            for other in waiting:
+                if other.broken():
+                    other.submit(self._started())
+        if error is not None:
+            return error
+        path = _library(entry.folder)
+        return Kernel(path, artifact.read_metadata(path), owner=entry.folder)
+
+    def _alone(self, entry: _Waiting) -> Exception | None:
+        self.close()
+        entry.submit(self._started())
+        try:
+            return entry.future.result()
+        except BrokenProcessPool:
+            self.close()
+            return RuntimeError("the process that built it ended")
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            # Not forked: a CUDA context does not survive that.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(
+                self.jobs, mp_context=context, initializer=_ignore_interrupts
+            )
+        return self._pool
+
+    def close(self) -> None:
+        """End the processes, once they have built what they began."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
 
 def _build(request: Request) -> Kernel:
@@ -81,6 +163,11 @@ def _build(request: Request) -> Kernel:
         residual=epilogue.residual,
         activation=epilogue.activation,
     )
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches the whole group of processes, and is for the first of them to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _library(folder: tempfile.TemporaryDirectory) -> Path:
@@ -97,11 +184,3 @@ def _build_to(request: Request, path: Path) -> Exception | None:
         # TVM's exceptions do not all survive the way between processes.
         return RuntimeError(f"{type(error).__name__}: {error}")
     return None
-
-
-def _built(future: Future, folder: tempfile.TemporaryDirectory) -> Kernel | Exception:
-    error = future.result()
-    if error is not None:
-        return error
-    path = _library(folder)
-    return Kernel(path, artifact.read_metadata(path), owner=folder)

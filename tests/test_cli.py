@@ -270,7 +270,7 @@ def test_usage_errors(im2win, arguments):
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("command", ["bench", "verify", "export", "inspect", "env"])
+@pytest.mark.parametrize("command", ["bench", "verify", "tune", "export", "inspect", "env"])
 def test_help(im2win, command):
     result = im2win(command, "--help")
     assert result.exit_code == 0

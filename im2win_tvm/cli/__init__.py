@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, env, export, inspect, verify
+from . import bench, env, export, inspect, tune, verify
 from .errors import Group
 
 __all__ = ["app", "main"]
@@ -12,12 +12,19 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     name="im2win",
     cls=Group,
-    help="Im2win convolutions: measure, verify, export and inspect kernels.",
+    help="Im2win convolutions: measure, verify, tune, export and inspect kernels.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (bench.bench, verify.verify, export.export, inspect.inspect, env.env):
+for command in (
+    bench.bench,
+    verify.verify,
+    tune.tune,
+    export.export,
+    inspect.inspect,
+    env.env,
+):
     app.command()(command)
 
 

@@ -32,6 +32,7 @@ def _refusals() -> tuple[type[Exception], ...]:
     from ..suites import SuiteError
     from ..target import TargetError
     from ..toolchain import ToolchainError
+    from ..tuning.measuring import TuningError
 
     return (
         ArgumentError,
@@ -45,4 +46,5 @@ def _refusals() -> tuple[type[Exception], ...]:
         SuiteError,
         TargetError,
         ToolchainError,
+        TuningError,
     )

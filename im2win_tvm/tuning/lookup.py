@@ -32,7 +32,9 @@ __all__ = [
     "configuration",
     "find",
     "lines",
+    "named_places",
     "places",
+    "recorded",
     "shown_path",
 ]
 
@@ -78,10 +80,14 @@ class Found(NamedTuple):
         return min(self.matches.values(), key=lambda match: match.rank, default=None)
 
 
+def named_places() -> list[Path]:
+    """The folders with records that the environment names."""
+    return [Path(name) for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]
+
+
 def places() -> list[Path]:
     """The folders with records, in the order in which they are asked."""
-    named = os.environ.get(VARIABLE, "").split(os.pathsep)
-    return [*(Path(name) for name in named if name), SHIPPED]
+    return [*named_places(), SHIPPED]
 
 
 def lines(place: Path, device: str | None) -> Iterator[tuple[Path, Line]]:
@@ -186,6 +192,36 @@ def _stale(
         if theirs is None or theirs != ours:
             return f"{name}={shown(theirs)}: here it is {ours!r}"
     return None
+
+
+def recorded(where: list[Path], target: Target) -> dict[tuple[ConvProblem, str], list[Any]]:
+    """By problem and schedule, the configurations measured on the target's device.
+
+    The fastest first, whatever version their records are of; those that the schedule of today
+    does not take are left out.
+    """
+    found: dict[tuple[ConvProblem, str], dict[Any, Match]] = {}
+    here = {"kind": target.kind, "arch": arch_of(target)}
+    for place in where:
+        for path, (number, record) in lines(place, device_name(target)):
+            if isinstance(record, str) or not record.passed or record.schedule not in SCHEDULES:
+                continue
+            schedule, problem = SCHEDULES[record.schedule], record.key
+            if record.device != device_name(target) or record.target != here:
+                continue
+            if schedule.supports(problem, target) is not None:
+                continue
+            try:
+                config = configuration(record, schedule, problem, target)
+            except RecordError:
+                continue
+            match = Match(record, config, path, number)
+            known = found.setdefault((problem, record.schedule), {})
+            if config not in known or match.rank < known[config].rank:
+                known[config] = match
+    return {
+        key: sorted(known, key=lambda config: known[config].rank) for key, known in found.items()
+    }
 
 
 def configuration(record: Record, schedule: Schedule, problem: ConvProblem, target: Target) -> Any:

@@ -1,0 +1,284 @@
+"""`im2win tune`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .metadata import fields
+from .options import (
+    PROBLEM_HELP,
+    ArchOption,
+    DtypeOption,
+    LayoutOption,
+    TargetOption,
+    known_schedule,
+    parse_problem,
+)
+from .progress import progress
+
+if TYPE_CHECKING:
+    from ..problem import ConvProblem
+    from ..target import Target
+    from ..tuning.search import Proposer
+    from ..tuning.session import Result
+
+# What a shell reports of a command that Ctrl-C ended.
+_INTERRUPTED = 130
+
+
+def tune(
+    problems: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROBLEM]...", help=PROBLEM_HELP)
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="Every layer of paper, resnet50 or vgg16.")
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", "--mb", help="Batch size. Default: the problem's or suite's own."),
+    ] = None,
+    target: TargetOption = None,
+    arch: ArchOption = None,
+    dtype: DtypeOption = "float32",
+    layout: LayoutOption = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option("--schedule", help="Only this one. Default: all that take the problem."),
+    ] = None,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            "--trials",
+            min=1,
+            help="Most configurations of a problem and schedule. Default: 64; with --again 5.",
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option("--seconds", help="Begin no further trial of these after so long."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the random configurations.")] = 0,
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--again",
+            help="No search: measure the fastest --trials recorded configurations of each problem "
+            "again, also those of other versions. Default without PROBLEM: all that have records.",
+        ),
+    ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs",
+            min=1,
+            help="Processes that compile. Default: one a processor on cuda, else 1.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FOLDER",
+            help="Append records to FOLDER/<device>/<schedule>.jsonl. Default: the first of "
+            "$IM2WIN_TUNING_LOGS, else tuning_logs.",
+        ),
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write a summary as JSON.")
+    ] = None,
+) -> None:
+    """Search the fastest configurations of problems on this device, and record them.
+
+    The heuristic's configuration first, then random ones, then neighbours of the fastest. Every
+    output is checked; the fastest are measured again as `im2win bench` does. Ctrl-C keeps what was
+    measured. Exits with 1 if an output was wrong, or a schedule had no right one.
+    """
+    from ..target import resolve
+    from ..tuning import lookup
+    from ..tuning.session import Session
+
+    if seconds is not None and not seconds > 0:
+        raise typer.BadParameter(f"seconds={seconds}: allowed: more than 0")
+    resolved = resolve(target, arch=arch)
+    schedule = known_schedule(schedule, resolved.kind)
+    place = out or next(iter(lookup.named_places()), Path("tuning_logs"))
+    trials = trials or (5 if again else 64)
+    chosen = _problems(problems or [], suite, batch, dtype, layout)
+    if again:
+        searched = list(dict.fromkeys([place, *lookup.places()]))
+        plans = _again(chosen, resolved, schedule, searched, trials)
+    elif not chosen:
+        raise typer.BadParameter("nothing to tune: name a PROBLEM or --suite")
+    else:
+        plans = _searches(chosen, resolved, schedule, trials, seed)
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+    steps = len(plans) + sum(n for _, proposers in plans for _, n in proposers.values())
+    interrupted, shown = False, 0
+    with (
+        progress(steps) as step,
+        _interrupts() as asked,
+        Session(resolved, place, jobs, progress=step, interrupted=asked) as session,
+    ):
+        try:
+            for problem, proposers in plans:
+                given = {name: proposer for name, (proposer, _) in proposers.items()}
+                for result in session.tune(problem, given, trials, seconds):
+                    print("\n".join(_lines(result)), flush=True)
+                    shown += 1
+        except KeyboardInterrupt:
+            interrupted = True
+    results = session.results
+    for result in results[shown:]:
+        print("\n".join(_lines(result)))
+    _say_where(place, [session.log(result.schedule) for result in results if result.records])
+    if json_path is not None:
+        summaries = [_summary(result) for result in results]
+        json_path.write_text(json.dumps(summaries, indent=1, allow_nan=False) + "\n")
+    if interrupted:
+        print("interrupted; what was measured is recorded")
+        raise typer.Exit(_INTERRUPTED)
+    if any(result.wrong or result.best() is None for result in results):
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """KeyboardInterrupt on Ctrl-C as ever, and whether there was one."""
+    seen = []
+
+    def note(number: int, frame: object) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# What to measure: problems, each with the proposer of every schedule and how many it has at most.
+_Plans = list[tuple["ConvProblem", dict[str, tuple["Proposer", int]]]]
+
+
+def _problems(
+    texts: list[str], suite_name: str | None, batch: int | None, dtype: str, layout: str | None
+) -> list[ConvProblem]:
+    from ..suites import suite
+
+    chosen = [parse_problem(text, dtype, layout, batch)[1] for text in texts]
+    if suite_name is not None:
+        chosen += suite(suite_name, batch, dtype, layout).values()
+    return list(dict.fromkeys(chosen))
+
+
+def _searches(
+    problems: list[ConvProblem], target: Target, schedule: str | None, trials: int, seed: int
+) -> _Plans:
+    """A search of every schedule that takes the problem. Raises ScheduleError if none does."""
+    from ..schedules import SCHEDULES
+    from ..select import select
+    from ..tuning.search import RandomThenClimb
+
+    plans: _Plans = []
+    for problem in problems:
+        select(problem, target, schedule)  # or say why nothing takes it
+        proposers = {}
+        for name, entry in SCHEDULES.items():
+            if entry.supports(problem, target) is None and schedule in (None, name):
+                default, configs = entry.default(problem, target), entry.configs(problem, target)
+                # Half of the trials look around, the other half climb.
+                proposer = RandomThenClimb(default, configs, -(-trials // 2), seed)
+                proposers[name] = proposer, min(trials, proposer.count)
+        plans.append((problem, proposers))
+    return plans
+
+
+def _again(
+    problems: list[ConvProblem],
+    target: Target,
+    schedule: str | None,
+    places: list[Path],
+    trials: int,
+) -> _Plans:
+    """The heuristic's configuration and the fastest recorded ones of each problem and schedule."""
+    from ..schedules import SCHEDULES
+    from ..tuning.lookup import recorded
+    from ..tuning.measuring import TuningError
+    from ..tuning.records import key_of
+    from ..tuning.search import Listed
+
+    wanted = [key_of(problem) for problem in problems]
+    plans: dict[ConvProblem, dict[str, tuple[Proposer, int]]] = {}
+    for (problem, name), configs in recorded(places, target).items():
+        if schedule in (None, name) and (not problems or problem in wanted):
+            default = SCHEDULES[name].default(problem, target)
+            listed = list(dict.fromkeys([default, *configs]))[:trials]
+            plans.setdefault(problem, {})[name] = Listed(listed), len(listed)
+    if not plans:
+        raise TuningError(
+            f"--again: no record of these problems on this device in {', '.join(map(str, places))}"
+        )
+    return list(plans.items())
+
+
+def _lines(result: Result) -> list[str]:
+    """What a person reads of one problem and schedule."""
+    from ..bench.units import microseconds, ratio
+
+    problem = result.problem
+    heuristic, best = result.best(result.heuristic), result.best()
+    text = f"{problem} {problem.dtype} {problem.layout}  {result.schedule}: {result.tried} tried"
+    if best is None:
+        text += ", none right"
+    else:
+        text += f", best {microseconds(best.time_us)} us"
+        if heuristic is not None:
+            gain = ratio(heuristic.time_us / best.time_us)
+            text += f", heuristic {microseconds(heuristic.time_us)} us ({gain})"
+    lines = [text]
+    if best is not None:
+        lines.append(f"  {fields(best.config)}")
+    lines += [f"  WRONG {fields(config)}: {message}" for config, message in result.wrong]
+    lines += [f"  {count} not measured: {reason}" for reason, count in result.errors.items()]
+    return lines
+
+
+def _summary(result: Result) -> dict[str, Any]:
+    problem = result.problem
+
+    def shown(config: dict[str, Any] | None) -> dict[str, Any] | None:
+        record = result.best(config)
+        if record is None:
+            return None
+        return {"config": record.config, "time_us": record.time_us, "protocol": record.protocol}
+
+    return {
+        "problem": str(problem),
+        "dtype": problem.dtype,
+        "layout": problem.layout,
+        "schedule": result.schedule,
+        "tried": result.tried,
+        "heuristic": shown(result.heuristic),
+        "best": shown(None),
+        "wrong": [{"config": config, "message": text} for config, text in result.wrong],
+        "errors": result.errors,
+    }
+
+
+def _say_where(place: Path, logs: list[Path]) -> None:
+    from ..tuning import lookup
+
+    for log in dict.fromkeys(logs):
+        print(f"records: {log}")
+    if logs and place.resolve() not in [known.resolve() for known in lookup.places()]:
+        print(f"to use them: export {lookup.VARIABLE}={os.fspath(place.resolve())}")

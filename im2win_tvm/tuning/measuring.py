@@ -1,0 +1,219 @@
+"""Measuring kernels in a process of their own, so that a candidate can crash without harm.
+
+A CUDA kernel that reads where it must not ends every later call of its process with an error, and
+a CPU kernel ends the process itself. Both cost one candidate: the process is started anew.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import signal
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from ..bench import timing
+from ..bench.operands import Operands, operands_for
+from ..kernel import load
+from ..problem import ConvProblem
+
+__all__ = ["Measurement", "Measurer", "TuningError", "first_line"]
+
+#: Seconds that one kernel may take beyond its time limits before it counts as hanging.
+PATIENCE = 60.0
+#: Seconds for tensors and reference; a float64 convolution of a large batch takes its time.
+PREPARATION = 900.0
+
+
+class TuningError(RuntimeError):
+    """Tuning that cannot take place here; the text says what is missing."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What came of one kernel.
+
+    error: why it could not be run or timed, None if it could. passed: its output was right, before
+    the timing and after. relative_error: of all outputs, None where one is not finite. times: by
+    cache state, of outputs that passed.
+    """
+
+    error: str | None = None
+    passed: bool = False
+    relative_error: float | None = None
+    message: str = ""
+    times: dict[str, timing.Times] = field(default_factory=dict)
+
+
+class Measurer:
+    """Runs kernels in a child process; a context manager.
+
+    kind: of the target, "llvm" or "cuda". patience: seconds, see PATIENCE.
+    """
+
+    def __init__(self, kind: str, patience: float = PATIENCE) -> None:
+        self._kind, self._patience = kind, patience
+        # Not forked: a CUDA context does not survive that.
+        self._context = multiprocessing.get_context("spawn")
+        self._process: Any = None
+        self._connection: Connection | None = None
+        self._problem: ConvProblem | None = None
+
+    def __enter__(self) -> Measurer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
+        self._stop()
+
+    def measure(
+        self, problem: ConvProblem, libraries: list[Path], limits: timing.Limits
+    ) -> list[Measurement]:
+        """Check exported kernels of `problem`, and time those that are right, by turns.
+
+        One result each. Raises TuningError where the problem cannot be measured at all.
+        """
+        if problem != self._problem:
+            self._prepare(problem)
+        seconds = len(libraries) * (self._patience + limits.warmup + limits.seconds)
+        try:
+            self._connection.send((libraries, limits))
+            if not self._connection.poll(seconds):
+                self._stop()
+                return [Measurement(f"hangs: no answer within {seconds:.0f} s")] * len(libraries)
+            results, healthy = self._connection.recv()
+        except (EOFError, OSError):
+            reason = self._stop()
+            return [Measurement(f"ended its process ({reason})")] * len(libraries)
+        if not healthy:
+            self._stop()
+        return results
+
+    def _prepare(self, problem: ConvProblem) -> None:
+        """Have the child make tensors and reference; start it if there is none."""
+        if self._process is None:
+            self._start()
+        refusal = f"tensors and reference took more than {PREPARATION:.0f} s"
+        try:
+            self._connection.send(problem)
+            if self._connection.poll(PREPARATION):
+                refusal = self._connection.recv()
+        except (EOFError, OSError):
+            refusal = f"the measuring process ended ({self._stop()})"
+        if refusal is not None:
+            self._stop()
+            raise TuningError(f"{problem}: cannot be measured here: {refusal}")
+        self._problem = problem
+
+    def _start(self) -> None:
+        self._connection, theirs = self._context.Pipe()
+        self._process = self._context.Process(target=_serve, args=(theirs, self._kind), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def _stop(self) -> str:
+        """End the process if it has not ended, and say how it did."""
+        process, self._process, self._problem = self._process, None, None
+        if process is None:
+            return ""
+        self._connection.close()
+        process.join(1.0)  # an idle one ends when its connection does
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        code = process.exitcode
+        process.close()
+        if code is not None and code < 0:
+            with suppress(ValueError):
+                return signal.Signals(-code).name
+        return f"exit code {code}"
+
+
+def _serve(connection: Connection, kind: str) -> None:
+    """The child process: answers until nobody asks.
+
+    To a problem with None once there are tensors for it, or with why not; to kernels of it with
+    their measurements, and whether this process can go on.
+    """
+    # Ctrl-C reaches the whole group of processes, and is for the parent to handle.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    operands: Any = None
+    with suppress(EOFError, OSError):
+        while True:
+            asked = connection.recv()
+            if isinstance(asked, ConvProblem):
+                operands = None  # before the next ones: both may not fit
+                try:
+                    operands, _ = operands_for(asked, kind), timing.clock_for(kind)
+                    connection.send(None)
+                except Exception as error:
+                    connection.send(first_line(error))
+            else:
+                # A clock remembers the calls that it timed, and with them kernels and outputs.
+                results = _measured(*asked, operands, timing.clock_for(kind))
+                healthy = all(r.error is None for r in results) or _healthy(kind)
+                connection.send((results, healthy))
+
+
+def _measured(
+    libraries: list[Path], limits: timing.Limits, operands: Operands, clock: timing.Clock
+) -> list[Measurement]:
+    results: list[Measurement] = []
+    calls: dict[int, Any] = {}
+    outputs: dict[int, Any] = {}
+    for index, library in enumerate(libraries):
+        try:
+            output, call = _call_of(library, operands)
+            results.append(_checked(output, call, operands))
+        except Exception as error:
+            results.append(Measurement(first_line(error)))
+        if results[-1].passed:
+            calls[index], outputs[index] = call, output
+    try:
+        times = timing.measure(calls, clock, limits)
+        for index, call in calls.items():
+            # Once more: a race may show in one call of many only.
+            again = _checked(outputs[index], call, operands)
+            if again.passed:
+                again = Measurement(None, True, again.relative_error, again.message, times[index])
+            results[index] = again
+    except Exception as error:
+        for index in calls:
+            results[index] = Measurement(first_line(error))
+    return results
+
+
+def _call_of(library: Path, operands: Operands) -> tuple[Any, Any]:
+    """An output and the call that writes it."""
+    kernel = load(library)
+    weights = kernel.prepare(operands.w)
+    output = operands.poisoned()
+    return output, lambda: kernel(operands.x, weights, out=output)
+
+
+def _checked(output: Any, call: Any, operands: Operands) -> Measurement:
+    output[...] = math.nan
+    call()
+    outcome = operands.check(output)
+    error = outcome.relative_error if math.isfinite(outcome.relative_error) else None
+    return Measurement(None, outcome.in_class, error, outcome.message)
+
+
+def _healthy(kind: str) -> bool:
+    """Whether this process can go on: an error of a CUDA kernel stays with its context."""
+    try:
+        timing.clock_for(kind).wait()
+    except Exception:
+        return False
+    return True
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line, its type first."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

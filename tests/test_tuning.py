@@ -1,0 +1,434 @@
+"""Tuning: the search, measuring in a process that may die, sessions that keep what they have."""
+
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pytest
+from failing_schedule import Ending
+from tuning_records import CPU, PROBLEM, make, write
+from typer.testing import CliRunner
+
+import im2win_tvm
+from im2win_tvm import Epilogue, artifact, builds, toolchain
+from im2win_tvm.bench import timing
+from im2win_tvm.cli import app
+from im2win_tvm.schedules import SCHEDULES
+from im2win_tvm.select import select
+from im2win_tvm.target import CudaTarget
+from im2win_tvm.tuning import lookup, session
+from im2win_tvm.tuning.measuring import Measurement, Measurer, TuningError
+from im2win_tvm.tuning.records import Record, read
+from im2win_tvm.tuning.search import Listed, RandomThenClimb, Trial, neighbours, search
+
+BRIEF = timing.Limits(warmup=0.001, seconds=0.001, least=3, most=5)
+TEXT = str(PROBLEM)
+
+
+@dataclass(frozen=True)
+class Point:
+    a: int
+    b: int
+    c: int
+    d: bool
+
+
+GRID = [Point(*values) for values in itertools.product(range(12), (1, 2, 4, 8), range(9), (0, 1))]
+
+
+def cost(point):
+    """One valley, in which two fields depend on each other; single steps lead down everywhere."""
+    slope = abs(point.a - point.c - 2) + 3 * abs(point.c - 7) + 2 * abs(point.b - 4)
+    return 10.0 + slope + (0 if point.d else 5)
+
+
+BEST = Point(9, 4, 7, 1)
+
+
+def _measure(configs):
+    for config in configs:
+        yield Trial(config, cost(config))
+
+
+def _found(seed, explore, most=120, batch=4):
+    proposer = RandomThenClimb(GRID[0], GRID, explore, seed)
+    return min(search(proposer, _measure, most, batch), key=lambda trial: trial.time_us).config
+
+
+def test_the_search_finds_the_lowest_point():
+    assert min(GRID, key=cost) == BEST
+    assert [_found(seed, 40) for seed in range(8)] == [BEST] * 8
+    # Chance alone, with as many trials, does not.
+    assert [_found(seed, 120) for seed in range(8)].count(BEST) <= 3
+
+
+def test_proposals_are_new_reproducible_and_begin_with_the_known_one():
+    runs = [search(RandomThenClimb(GRID[5], GRID, 20, 3), _measure, 60, 7) for _ in range(2)]
+    assert runs[0] == runs[1]
+    configs = [trial.config for trial in runs[0]]
+    assert configs[0] == GRID[5]
+    assert len(set(configs)) == 60
+    other = search(RandomThenClimb(GRID[5], GRID, 20, 4), _measure, 60, 7)
+    assert [trial.config for trial in other][1:20] != configs[1:20]
+
+
+def test_the_search_ends_with_the_configurations():
+    proposer = RandomThenClimb(GRID[0], GRID[:9], 3)
+    assert proposer.count == 9
+    assert {trial.config for trial in search(proposer, _measure, 100, 4)} == set(GRID[:9])
+
+
+def test_failed_trials_are_not_climbed_from():
+    """With nothing right, only chance is left, and the search goes on."""
+    proposer = RandomThenClimb(GRID[0], GRID, 2)
+    done = search(proposer, lambda configs: [Trial(c, math.inf) for c in configs], 30, 5)
+    assert len({trial.config for trial in done}) == 30
+
+
+def test_the_search_stops_when_told():
+    """In the middle of a batch too, and then without measuring its rest."""
+    measured = []
+
+    def measure(configs):
+        for trial in _measure(configs):
+            measured.append(trial)
+            yield trial
+
+    done = search(Listed(GRID), measure, 100, 4, lambda: len(measured) >= 6)
+    assert done == measured
+    assert len(done) == 6
+    assert [trial.config for trial in search(Listed(GRID), _measure, 6, 4)] == GRID[:6]
+
+
+def test_neighbours_are_one_step_away_among_what_is_valid():
+    configs = [Point(a, b, 0, False) for a in (0, 2, 3, 7) for b in (1, 4)]
+    configs.remove(Point(3, 4, 0, False))
+    near = neighbours(Point(2, 4, 0, False), configs)
+    assert set(near) == {Point(0, 4, 0, False), Point(7, 4, 0, False), Point(2, 1, 0, False)}
+    assert neighbours(Point(0, 1, 0, False), [*configs, Point(0, 1, None, False)]) != []
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    return im2win_tvm.compile(PROBLEM, "llvm", schedule="cpu_blocked", config={})
+
+
+@pytest.fixture
+def measurer():
+    with Measurer("llvm", patience=5.0) as made:
+        yield made
+
+
+def _spoiled(kernel, path, body):
+    """A library that passes for `kernel` until it is loaded, and then runs `body`."""
+    source = path.with_suffix(".c")
+    text = artifact.metadata_source(kernel.metadata)
+    includes = "#include <stdlib.h>\n#include <unistd.h>\n"
+    source.write_text(f"{includes}{text}__attribute__((constructor)) void f(void) {{ {body} }}\n")
+    toolchain.run([toolchain.find_cc(), "-shared", "-fPIC", "-o", str(path), str(source)])
+    artifact.seal(path)
+    return path
+
+
+def test_measuring(kernel, measurer, tmp_path):
+    good = kernel.export(tmp_path / "good.so")
+    wrong = im2win_tvm.compile(PROBLEM, "llvm", activation="relu").export(tmp_path / "wrong.so")
+    damaged = tmp_path / "damaged.so"
+    damaged.write_bytes(good.read_bytes()[:-10])
+    one, two, three = measurer.measure(PROBLEM, [good, wrong, damaged], BRIEF)
+    assert (one.error, one.passed) == (None, True)
+    assert 0 < one.relative_error < 1e-6
+    assert one.times["warm"].n >= 3
+    assert (two.error, two.passed, two.times) == (None, False, {})
+    assert "outputs are wrong" in two.message
+    assert three.error.startswith("ArtifactError: ")
+    assert "cut short" in three.error
+    # The same process goes on to another problem.
+    process = measurer._process.pid
+    other = PROBLEM.replace(layout="NHWC")
+    path = im2win_tvm.compile(other, "llvm").export(tmp_path / "other.so")
+    assert measurer.measure(other, [path], BRIEF)[0].passed
+    assert measurer._process.pid == process
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ("abort();", r"ended its process \(SIGABRT\)"),
+        ("*(volatile int *)0 = 1;", r"ended its process \(SIGSEGV\)"),
+        ("_exit(7);", r"ended its process \(exit code 7\)"),
+        ("for (;;) sleep(60);", "hangs: no answer within 1 s"),
+    ],
+)
+def test_a_kernel_that_takes_its_process_down_is_lost_alone(
+    kernel, measurer, tmp_path, body, error
+):
+    good = kernel.export(tmp_path / "good.so")
+    assert measurer.measure(PROBLEM, [good], BRIEF)[0].passed
+    measurer._patience = 1.0
+    (result,) = measurer.measure(PROBLEM, [_spoiled(kernel, tmp_path / "bad.so", body)], BRIEF)
+    assert result.passed is False
+    assert re.fullmatch(error, result.error)
+    measurer._patience = 30.0
+    assert measurer.measure(PROBLEM, [good], BRIEF)[0].passed
+
+
+def test_what_cannot_be_measured_is_refused(measurer, tmp_path, monkeypatch):
+    from im2win_tvm.tuning import measuring
+
+    monkeypatch.setattr(measuring, "PREPARATION", 0.0)
+    with pytest.raises(TuningError, match="tensors and reference took more than 0 s"):
+        measurer.measure(PROBLEM, [], BRIEF)
+    assert measurer._process is None
+
+
+def test_a_builder_outlives_a_build_that_ends_its_process():
+    requests = [builds.Request(PROBLEM, CPU, name) for name in (Ending(), "cpu_blocked")]
+    with builds.Builder(2) as builder:
+        ended, kernel = builder.build(requests)
+    assert str(ended) == "the process that built it ended"
+    assert kernel.problem == PROBLEM
+
+
+def test_a_builder_keeps_its_processes():
+    with builds.Builder(2) as builder:
+        pools = []
+        for _ in range(2):
+            (kernel,) = builder.build([builds.Request(PROBLEM, CPU)])
+            assert kernel.problem == PROBLEM
+            pools.append(builder._pool)
+    assert pools[0] is pools[1] is not None
+    assert builder._pool is None
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """Where records go and are looked for; the full protocol is a brief one."""
+    monkeypatch.setattr(session, "limits_for", lambda target: BRIEF)
+    monkeypatch.setattr(session, "SEARCH", BRIEF)
+    monkeypatch.setattr(lookup, "SHIPPED", tmp_path / "shipped")
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    monkeypatch.setenv(lookup.VARIABLE, str(folder))
+    return folder
+
+
+@pytest.fixture
+def tune():
+    """Runs `im2win tune` in this process."""
+
+    def run(*arguments):
+        return CliRunner().invoke(app, ["tune", *map(str, arguments), "--target", "llvm"])
+
+    return run
+
+
+def _records(place):
+    (path,) = place.glob("*/*.jsonl")
+    found = [line.record for line in read(path)]
+    assert all(isinstance(record, Record) for record in found), found
+    return found
+
+
+def test_tune_from_the_command_to_the_selection(tune, place, tmp_path):
+    summary = tmp_path / "new" / "summary.json"
+    result = tune(TEXT, "--trials", 5, "--json", summary)
+    assert result.exit_code == 0, result.output
+    records = _records(place)
+    searched = [record for record in records if record.protocol == "search"]
+    again = [record for record in records if record.protocol == "full"]
+    assert len(searched) == 5
+    heuristic = asdict(SCHEDULES["cpu_blocked"].default(PROBLEM, CPU))
+    assert searched[0].config == heuristic
+    assert heuristic in [record.config for record in again]
+    assert session.FINALISTS <= len(again) <= session.FINALISTS + 1
+    like = make()
+    for record in records:
+        assert record.passed
+        assert record.relative_error < 1e-6
+        assert record.times["warm"]["n"] >= 3
+        assert (record.key, record.device, record.target) == (like.key, like.device, like.target)
+        assert record.versions == record.versions | like.versions
+        assert record.date is not None
+    fastest = min(again, key=lambda record: record.time_us)
+    choice = select(PROBLEM, CPU)
+    assert (asdict(choice.config), choice.origin.kind) == (fastest.config, "record")
+    assert choice.missed == ()
+    (entry,) = json.loads(summary.read_text())
+    assert entry["best"] == {
+        "config": fastest.config,
+        "time_us": fastest.time_us,
+        "protocol": "full",
+    }
+    assert (entry["tried"], entry["wrong"], entry["errors"]) == (5, [], {})
+    first, config, where = result.stdout.splitlines()
+    assert first.startswith(f"{TEXT} float32 NCHW  cpu_blocked: 5 tried, best ")
+    assert " us, heuristic " in first
+    assert config.startswith("  lanes=")
+    assert where == f"records: {next(place.glob('*/*.jsonl'))}"
+
+
+def test_tune_again_measures_what_is_recorded(tune, place, tmp_path):
+    """Records of another version become current ones, the fastest first."""
+    stale = {"code": "0123", "apache-tvm": "0.1"}
+    write(
+        place,
+        make(5.0, changed={"unroll": 2}, versions=stale),
+        make(9.0, changed={"unroll": 3}, versions=stale),
+        make(7.0, changed={"unroll": 4}, versions=stale),
+        make(1.0, changed={"lanes": 3}, versions=stale),
+    )
+    assert select(PROBLEM, CPU).origin.kind == "heuristic"
+    out = tmp_path / "out"
+    result = tune("--again", "--trials", 3, "--out", out)
+    assert result.exit_code == 0, result.output
+    searched = [record for record in _records(out) if record.protocol == "search"]
+    assert [record.config["unroll"] for record in searched] == [1, 2, 4]
+    assert result.stdout.splitlines()[-1] == f"to use them: export IM2WIN_TUNING_LOGS={out}"
+    for arguments in (["mb2" + TEXT[3:]], ["--dtype", "float16", TEXT]):
+        refused = tune("--again", *arguments)
+        assert refused.exit_code == 2
+        assert "--again: no record of these problems on this device" in refused.stderr
+
+
+def test_wrong_outputs_are_told_recorded_and_never_chosen(tune, place, monkeypatch):
+    schedule = SCHEDULES["cpu_blocked"]
+    right = type(schedule).schedule
+
+    def wrong(self, problem, config, target, epilogue):
+        spoilt = config != self.default(problem, target)
+        epilogue = Epilogue(activation="relu") if spoilt else epilogue
+        return right(self, problem, config, target, epilogue)
+
+    monkeypatch.setattr(type(schedule), "schedule", wrong)
+    result = tune(TEXT, "--trials", 3)
+    assert result.exit_code == 1
+    assert result.stdout.count("  WRONG lanes=") == 2
+    assert sorted(record.passed for record in _records(place)) == [False, False, True, True]
+    choice = select(PROBLEM, CPU)
+    assert choice.config == schedule.default(PROBLEM, CPU)
+    assert choice.origin.kind == "record"
+
+
+def test_a_candidate_that_cannot_be_built_is_lost_alone(tune, place, monkeypatch):
+    schedule = SCHEDULES["cpu_blocked"]
+    right = type(schedule).schedule
+    built = []
+
+    def second_fails(self, problem, config, target, epilogue):
+        built.append(config)
+        if len(built) == 2:
+            raise RuntimeError("no\nway")
+        return right(self, problem, config, target, epilogue)
+
+    monkeypatch.setattr(type(schedule), "schedule", second_fails)
+    result = tune(TEXT, "--trials", 3)
+    assert result.exit_code == 0, result.output
+    assert "  1 not measured: RuntimeError: no" in result.stdout
+    assert ": 3 tried, best " in result.stdout
+    assert len([r for r in _records(place) if r.protocol == "search"]) == 2
+
+
+def test_nothing_right_is_a_failure(tune, place, monkeypatch):
+    monkeypatch.setattr(Measurer, "measure", lambda self, p, paths, limits: [Measurement("no")])
+    result = tune(TEXT, "--trials", 2)
+    assert result.exit_code == 1
+    assert "2 tried, none right" in result.stdout
+    assert "2 not measured: no" in result.stdout
+
+
+def test_a_wrong_output_in_the_end_outweighs_right_ones(place):
+    """A race that the search did not see: its configuration is no longer the best."""
+    record = make(1.0)
+    result = session.Result(PROBLEM, "cpu_blocked", record.config)
+    other = make(2.0, changed={"unroll": 2})
+    result.records += [replace(record, protocol="search"), other]
+    assert result.best() == other
+    result.records.append(record)
+    assert result.best() == record
+    result.wrong.append((record.config, "1 of 9 outputs are wrong"))
+    assert (result.best(), result.best(record.config)) == (other, None)
+
+
+def test_seconds_end_a_search(tune, place):
+    result = tune(TEXT, "--trials", 50, "--seconds", 0.001)
+    assert result.exit_code == 0, result.output
+    assert ": 1 tried, " in result.stdout
+
+
+def test_an_interrupt_that_was_swallowed_counts(place):
+    """As TVM does in a callback: the search ends before the next trial."""
+    asked = []
+
+    class Counting(Listed):
+        def propose(self, count, trials):
+            asked.append(len(trials))
+            return super().propose(count, trials)
+
+    default = SCHEDULES["cpu_blocked"].default(PROBLEM, CPU)
+    configs = [default, replace(default, unroll=2), replace(default, unroll=3)]
+    with session.Session(CPU, place, interrupted=lambda: len(asked) == 2) as running:
+        with pytest.raises(KeyboardInterrupt):
+            running.tune(PROBLEM, {"cpu_blocked": Counting(configs)}, 3)
+    assert len(_records(place)) == 2
+    assert running.results[0].tried == 2
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path):
+    """A real signal, to the whole group of processes as a terminal sends it."""
+    command = [sys.executable, "-m", "im2win_tvm", "tune", "paper:conv9", "--mb", "1"]
+    running = subprocess.Popen(
+        [*command, "--target", "llvm", "--trials", "500", "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=Path(im2win_tvm.__file__).parents[1],
+    )
+    until = time.monotonic() + 60
+    while not list(tmp_path.glob("*/*.jsonl")) and time.monotonic() < until:
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert err == ""
+    assert "interrupted; what was measured is recorded" in out
+    assert ", best " in out
+    assert _records(tmp_path)[0].passed
+    with pytest.raises(ProcessLookupError):  # nobody is left, or will be once it has noticed
+        for _ in range(100):
+            os.killpg(running.pid, 0)
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "nothing to tune"),
+        ((TEXT, "--seconds", 0), "seconds=0.0: allowed: more than 0"),
+        ((TEXT, "--trials", 0), "--trials"),
+        ((TEXT, "--schedule", "cuda_simt"), "allowed for llvm: cpu_blocked"),
+        (("mb1ic4iw9oc4kw3",), "no schedule for llvm"),
+        (("ic3",), "oc is missing"),
+        (("--again",), "--again: no record of these problems on this device in "),
+    ],
+)
+def test_refusals(tune, place, arguments, message):
+    result = tune(*arguments)
+    assert result.exit_code == 2
+    assert message in re.sub(r"[\s│]+", " ", result.output)
+    assert not list(place.iterdir())
+
+
+def test_tuning_needs_the_device():
+    with pytest.raises(TuningError, match=r"target='cuda \(sm_90\)': tuning measures"):
+        session.Session(CudaTarget("sm_90"), Path("."))
