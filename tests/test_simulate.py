@@ -253,6 +253,31 @@ def test_staged():
         run(kernels.staged(whole=False), {"x": x, "y": y})
 
 
+@pytest.mark.parametrize("per_block", [True, False])
+def test_barriers_in_a_loop(per_block):
+    @T.prim_func
+    def kernel(y: T.Buffer((4, 32), "float32")):
+        T.device_entry()
+        block = T.cta_id([4])
+        t = T.thread_id([32])
+        tile = T.alloc_shared((32,), "float32")
+        tile[t] = T.Cast("float32", t)
+        for _ in T.serial(block if per_block else t):
+            T.cuda.cta_sync()
+            held: T.let = tile[(t + 1) % 32]
+            T.cuda.cta_sync()
+            tile[t] = held
+        y[block, t] = tile[t]
+
+    y = nan(4, 32)
+    if per_block:
+        run(kernel, {"y": y})
+        np.testing.assert_array_equal(y, (np.arange(32) + np.arange(4)[:, None]) % 32)
+    else:
+        with pytest.raises(SimulationError, match="barrier in divergent code: not reached by"):
+            run(kernel, {"y": y})
+
+
 def operands():
     a, b = normal(kernels.K * kernels.M), normal(kernels.K * kernels.N)
     return {"a": a, "b": b, "y": nan(kernels.M, kernels.N)}

@@ -13,9 +13,11 @@ Checked on the way:
 * clusters: no access of another block's shared memory before a cluster barrier shows that it runs,
   nor one that its end might precede.
 
-Not simulated: time, the order of warps (a race is an error in any order), caches, and blocks that
-wait for each other other than through `barrier.cluster` outside divergent code. Both operands of
-`T.Select` are evaluated in every lane; those of `T.if_then_else`, `and`, `or` are not.
+Not simulated: time, caches, the order of warps (a race is an error in any order), and threads that
+wait for each other in different branches: divergent branches run one after the other, so that a
+barrier must be where all come. Fences do nothing: only barriers order accesses. Both operands of
+`T.Select` are evaluated in every lane, those of `T.if_then_else`, `and` and `or` are not. What an
+intrinsic means is in the tables of `intrinsics` and `ptx`; any other is refused by name.
 """
 
 from typing import NamedTuple

@@ -29,10 +29,7 @@ class Site:
     def __str__(self) -> str:
         if self._text is None:
             # The script declares the variables first; the statement is the last line.
-            text = str(self._node).strip().splitlines()[-1].strip()
-            if len(text) > self._LONGEST:
-                text = text[: self._LONGEST] + " ..."
-            self._text = text
+            self._text = str(self._node).strip().splitlines()[-1].strip()
         return self._text
 
     def fail(
@@ -55,7 +52,8 @@ class Site:
             place = f" by {machine.name(machine.gid[lane])}"
         if address is not None:
             place += f" at byte {address}"
-        where = f" in `{self}`"
+        text = str(self)
+        where = f" in `{text[: self._LONGEST]}{' ...' if len(text) > self._LONGEST else ''}`"
         if self._loops and not over:
             trips = (f"{name}={_shown(self._env[slot])}" for name, slot in self._loops)
             where += f" with {', '.join(trips)}"

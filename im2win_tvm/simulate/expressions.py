@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from tvm import ir
+from tvm import ir, tirx
 
 from .arrays import Array, numpy_type, scalar
 from .errors import SimulationError, Site
@@ -139,6 +139,8 @@ class Expressions:
         return self.constant(str(node.value))
 
     def _var(self, node):
+        if tirx.is_buffer_var(node):
+            raise SimulationError(f"{node.name}: a buffer as a value is not simulated")
         slot, env = self.slot(node), self.env
         return lambda mask: env[slot]
 

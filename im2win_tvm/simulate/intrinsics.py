@@ -1,7 +1,8 @@
 """Calls of TIRx and of the `T.cuda` namespace, by operator name.
 
 An entry makes, from the compiler and the call, a function of a mask. Other modules add theirs with
-`intrinsic`.
+`intrinsic`, and `ptx.ptx` those of PTX. One that waits for other warps (an mbarrier) will need the
+branches of divergent code to take turns, which today run one after the other.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from tvm import ir
 
 from .arrays import numpy_type
 from .errors import SimulationError
-from .expressions import Code, dtype_of
+from .expressions import Code, cast, dtype_of
 from .launch import WARP
 
 Maker = Callable[[Any, Any], Code]
@@ -39,7 +40,8 @@ _FUNCTIONS = {
     "sqrt": np.sqrt, "tanh": np.tanh, "sin": np.sin, "cos": np.cos, "floor": np.floor,
     "ceil": np.ceil, "trunc": np.trunc, "fabs": np.abs, "abs": np.abs, "pow": np.power,
     "nearbyint": np.rint, "round": np.rint, "rsqrt": lambda x: 1 / np.sqrt(x),
-    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)), "isnan": np.isnan, "isinf": np.isinf,
+    "isfinite": np.isfinite,
     "fma": lambda x, y, z: fused(x, y, z),
 }  # fmt: skip
 
@@ -56,13 +58,8 @@ def fused(x, y, z):
 def _function(name: str) -> Maker:
     def make(program, node):
         operands = [program.compile(a) for a in node.args]
-        dtype = dtype_of(node)
-
-        def code(mask):
-            value = _FUNCTIONS[name](*(f(mask) for f in operands))
-            return value.astype(dtype) if type(value) is np.ndarray else dtype.type(value)[()]
-
-        return code
+        convert = cast(dtype_of(node))
+        return lambda mask: convert(_FUNCTIONS[name](*(f(mask) for f in operands)))
 
     return make
 

@@ -149,7 +149,9 @@ class Machine:
         if early.any():
             lane = int(np.flatnonzero(early)[0]) * self.threads
             site.fail(self, "barrier.cluster.wait without an arrive before it", lane)
-        of_cluster = self.arrived.reshape(-1, self.ranks)
+        # Threads that have ended are not waited for.
+        ended = self.exited.reshape(self.count, self.threads).all(axis=1)
+        of_cluster = np.where(ended, self.arrived.max(), self.arrived).reshape(-1, self.ranks)
         missing = blocks & (np.repeat(of_cluster.min(axis=1), self.ranks) < self.waited + 1)
         if missing.any():
             lane = int(np.flatnonzero(missing)[0]) * self.threads
