@@ -4,9 +4,18 @@ from .base import Schedule, ScheduleError
 from .cpu_blocked import SCHEDULE as CPU_BLOCKED
 from .cuda_simt import EXPLICIT as CUDA_SIMT_EXPLICIT
 from .cuda_simt import IMPLICIT as CUDA_SIMT
+from .cuda_simt_async import EXPLICIT as CUDA_SIMT_ASYNC_EXPLICIT
+from .cuda_simt_async import IMPLICIT as CUDA_SIMT_ASYNC
 
 SCHEDULES: dict[str, Schedule] = {
-    schedule.name: schedule for schedule in (CPU_BLOCKED, CUDA_SIMT, CUDA_SIMT_EXPLICIT)
+    schedule.name: schedule
+    for schedule in (
+        CPU_BLOCKED,
+        CUDA_SIMT,
+        CUDA_SIMT_EXPLICIT,
+        CUDA_SIMT_ASYNC,
+        CUDA_SIMT_ASYNC_EXPLICIT,
+    )
 }
 
 __all__ = ["SCHEDULES", "Schedule", "ScheduleError"]

@@ -2,6 +2,9 @@
 
 from tvm import s_tir, te
 
+from ..expr import arguments, transform, window_columns
+from ..problem import ConvProblem
+
 # Enough threads of a block to hide latency, few enough to waste little at the end.
 THREADS = 256
 
@@ -14,3 +17,15 @@ def elementwise(tensors: list[te.Tensor], block: str):
     sch.bind(blocks, "blockIdx.x")
     sch.bind(threads, "threadIdx.x")
     return sch.mod["main"]
+
+
+def write_im2win(problem: ConvProblem):
+    """x -> I' in global memory."""
+    x = arguments(problem).x
+    return elementwise([x, transform(x, problem)], "im2win")
+
+
+def im2win_elements(problem: ConvProblem) -> int:
+    """Elements of I'."""
+    columns = window_columns(problem) * problem.kernel_size[0]
+    return problem.batch * problem.in_channels * problem.output_size[0] * columns

@@ -36,13 +36,12 @@ from ..expr import (
     transform,
     window,
     window_by_offset,
-    window_columns,
     window_offsets,
 )
 from ..problem import ConvProblem
 from ..target import CudaTarget
 from .base import ALIGNMENT, CONV, PREPARE, TRANSFORM, Schedule
-from .cuda_elementwise import elementwise
+from .cuda_elementwise import elementwise, im2win_elements, write_im2win
 
 # CUDA C++ Programming Guide, compute capabilities: largest grid extent of y and z.
 MAX_GRID_YZ = 65535
@@ -192,7 +191,7 @@ class CudaSimt(Schedule):
         reason = super().supports(problem, target)
         if reason is None and gemm_sizes(problem).groups > MAX_GRID_YZ:
             reason = f"groups={problem.groups}: {self.name} takes up to {MAX_GRID_YZ}"
-        if reason is None and self.explicit and _im2win_elements(problem) >= 2**31:
+        if reason is None and self.explicit and im2win_elements(problem) >= 2**31:
             reason = f"input_shape={problem.input_shape}: I' has 2**31 elements or more"
         return reason
 
@@ -208,11 +207,6 @@ def _rounded_m(problem: ConvProblem, config: Config) -> int:
     return -(-gemm_sizes(problem).m // config.block_m) * config.block_m
 
 
-def _im2win_elements(problem: ConvProblem) -> int:
-    columns = window_columns(problem) * problem.kernel_size[0]
-    return problem.batch * problem.in_channels * problem.output_size[0] * columns
-
-
 def prepare(problem: ConvProblem, config: Config):
     """The filter in window order, channels innermost. Runs once."""
     w = te.placeholder(problem.weight_shape, problem.dtype, name="w")
@@ -220,12 +214,6 @@ def prepare(problem: ConvProblem, config: Config):
     axes = k_axes(problem, config.block_k, config.taps)
     packed = pack_filter(w, problem, _rounded_m(problem, config), axes)
     return elementwise([w, packed], "packed")
-
-
-def write_im2win(problem: ConvProblem):
-    """x -> I' in global memory."""
-    x = arguments(problem).x
-    return elementwise([x, transform(x, problem)], "im2win")
 
 
 def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, explicit: bool):

@@ -16,7 +16,7 @@ from .convolution import (
     window_by_offset,
     window_offsets,
 )
-from .epilogue import output
+from .epilogue import finish, output
 from .filter import KAxes, filter_window, k_axes, pack_filter
 from .graph import Arguments, arguments, graph
 from .store import Place, tiled_function
@@ -31,6 +31,7 @@ __all__ = [
     "convolution_blocked",
     "convolution_gemm",
     "filter_window",
+    "finish",
     "gemm_sizes",
     "graph",
     "k_axes",

@@ -1,0 +1,211 @@
+"""CUDA cores, asynchronous copies: the in-kernel im2win product of `cuda_simt`, by hand in TIRx.
+
+One block computes `block_m` channels by `block_p` output pixels over K in steps of `block_k`. What
+the schedule of `cuda_simt` cannot say, and this kernel can (sm_80 and later):
+
+* cp.async copies straight from global to shared memory, several tiles ahead, through no register.
+  A ring of `stages` tiles needs one barrier a tile.
+* A pixel is decoded once a block, into the offset of its window. The window's elements lie at
+  constant distances from there: in the order of taps they advance by additions; otherwise the
+  distances wait in a table in shared memory.
+* `split` blocks of a cluster (sm_90) share the K of one tile and add their sums through each
+  other's shared memory: a small output fills the multiprocessors, without a workspace.
+
+Float32 in and out. A warp's threads form a rectangle, so that its reads of shared memory are
+whole rows of 128 bytes or broadcasts, and its stores to the output are whole sectors.
+"""
+
+import itertools
+from dataclasses import replace
+
+from tvm.ir import IRModule
+
+from ..expr import gemm_sizes
+from ..problem import ConvProblem
+from ..target import CudaTarget
+from .base import CONV, PREPARE, TRANSFORM, Schedule
+from .cuda_elementwise import im2win_elements, write_im2win
+from .cuda_simt_async_kernel import (
+    MAX_TABLE_SIZE,
+    VECTOR,
+    WARP,
+    Config,
+    convolve,
+    k_tiles,
+    lanes_of_m,
+    prepare,
+    shared_words,
+)
+
+# Registers of a multiprocessor (CUDA C++ Programming Guide, compute capabilities).
+REGISTERS = 65536
+# Bytes that one multiprocessor gets from the L2 cache in a cycle, about.
+L2_BYTES_PER_CYCLE = 32
+# CUDA C++ Programming Guide, cluster size that every device takes.
+MAX_SPLIT = 8
+# Outputs of a thread that are worth trying: the larger, the fewer words each of them takes; the
+# smaller, the more threads share a small problem.
+OUTPUTS = ((4, 4), (4, 8), (8, 4), (8, 8), (8, 12), (12, 8), (4, 16), (8, 16), (16, 8))
+
+_SIZES = ("block_m", "block_p", "block_k", "thread_m", "thread_p")
+
+
+class CudaSimtAsync(Schedule):
+    kind = "cuda"
+
+    def __init__(self, name: str, explicit: bool):
+        self.name = name
+        self.explicit = explicit
+
+    def supports(self, problem, target):
+        reason = super().supports(problem, target)
+        if reason is None and problem.dtype != "float32":
+            reason = f"dtype={problem.dtype}: {self.name} takes float32"
+        if reason is None and target.capability < 80:
+            reason = f"arch={target.arch}: {self.name} takes sm_80 and later, for cp.async"
+        if reason is None and self.explicit and im2win_elements(problem) >= 2**31:
+            reason = f"input_shape={problem.input_shape}: I' has 2**31 elements or more"
+        return reason or self.check(_smallest(problem), problem, target)
+
+    def check(self, config: Config, problem: ConvProblem, target: CudaTarget) -> str | None:
+        c = config
+        for field in (*_SIZES, "stages", "split", "blocks"):
+            value = getattr(c, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                return f"{field}={value!r}: allowed are whole numbers from 1"
+        if not isinstance(c.taps, bool):
+            return f"taps={c.taps!r}: allowed are True and False"
+        for block, thread in (("block_m", "thread_m"), ("block_p", "thread_p")):
+            if getattr(c, thread) % VECTOR:
+                return f"{thread}={getattr(c, thread)}: allowed are multiples of {VECTOR}"
+            if getattr(c, block) % getattr(c, thread):
+                return f"{thread}={getattr(c, thread)}: a divisor of {block}={getattr(c, block)}"
+        if c.thread_m * c.thread_p > 128:
+            return f"thread_m={c.thread_m}, thread_p={c.thread_p}: more than 128 accumulators"
+        if c.threads > 1024 or lanes_of_m(c, problem) is None:
+            return (
+                f"block_m={c.block_m}, block_p={c.block_p}, thread_m={c.thread_m}, "
+                f"thread_p={c.thread_p}: {c.threads} threads; allowed are up to 1024, in "
+                f"rectangles of {WARP}"
+            )
+        if not 2 <= c.stages <= 8:
+            return f"stages={c.stages}: allowed are 2 to 8"
+        channels = problem.in_channels // problem.groups
+        if c.taps and channels % c.block_k:
+            return f"taps=True: in_channels/groups={channels} is no multiple of block_k={c.block_k}"
+        if not c.taps and self._padded(problem):
+            if max(problem.input_size) + max(map(sum, problem.padding)) >= MAX_TABLE_SIZE:
+                return (
+                    f"taps=False: input_size={problem.input_size} with its padding is beyond "
+                    f"{MAX_TABLE_SIZE}"
+                )
+        if c.split > 1 and target.capability < 90:
+            return f"split={c.split}: clusters need sm_90, the target is {target.arch}"
+        if c.split > min(MAX_SPLIT, k_tiles(problem, c)):
+            return f"split={c.split}: allowed are 1 to {min(MAX_SPLIT, k_tiles(problem, c))}"
+        if c.blocks * c.threads > 2048:
+            return f"blocks={c.blocks}: a multiprocessor takes 2048 threads"
+        if c.blocks * c.threads * registers(c) > REGISTERS:
+            return (
+                f"blocks={c.blocks}: {c.blocks} times {c.threads} threads of {registers(c)} "
+                f"registers; a multiprocessor has {REGISTERS}"
+            )
+        taken = 4 * sum(shared_words(c, problem, self._padded(problem)))
+        if c.blocks * (taken + 1024) > target.shared_bytes_per_multiprocessor:
+            allowed = target.shared_bytes_per_multiprocessor
+            return f"stages={c.stages}: {c.blocks} times {taken} bytes of {allowed}, shared memory"
+        return None
+
+    def configs(self, problem: ConvProblem, target: CudaTarget):
+        return self._configs(problem, target, (2, 3, 4), (True, False))
+
+    def _configs(self, problem, target, stages, taps):
+        splits = range(1, MAX_SPLIT + 1) if target.capability >= 90 else (1,)
+        # A short K that is rounded up to whole tiles is work on zeros: some tile divides it.
+        divisors = {k for k in range(8, 33) if problem.k % k == 0}
+        for (tm, tp), rows, columns, count, split, tap in itertools.product(
+            OUTPUTS, (2, 4, 8, 12, 16, 32), (4, 8, 12, 16, 18, 24, 32), stages, splits, taps
+        ):
+            if not 64 <= rows * columns <= 512:
+                continue
+            for k in sorted({8, 16, 32} | (set() if tap else divisors)):
+                config = Config(tm * rows, tp * columns, k, tm, tp, count, split, tap)
+                blocks = resident_blocks(config, problem, target, self._padded(problem))
+                config = replace(config, blocks=blocks)
+                if self.check(config, problem, target) is None:
+                    yield config
+
+    def default(self, problem: ConvProblem, target: CudaTarget) -> Config:
+        channels = problem.in_channels // problem.groups
+        return min(
+            self._configs(problem, target, (3,), (channels % 8 == 0,)),
+            key=lambda config: estimated_cycles(config, problem, target),
+            default=_smallest(problem),
+        )
+
+    def _padded(self, problem: ConvProblem) -> bool:
+        """Whether windows reach beyond what the kernel reads."""
+        return not self.explicit and any(map(any, problem.padding))
+
+    def schedule(self, problem, config, target, epilogue):
+        module = {PREPARE: prepare(problem, config)}
+        if self.explicit:
+            module[TRANSFORM] = write_im2win(problem)
+        module[CONV] = convolve(problem, config, epilogue, self.explicit)
+        return IRModule(module)
+
+
+def _smallest(problem: ConvProblem) -> Config:
+    taps = problem.in_channels // problem.groups % 8 == 0
+    return Config(16, 32, 8, 4, 4, stages=2, taps=taps)
+
+
+def registers(c: Config) -> int:
+    """Registers of a thread, about, as ptxas hands them out: in eights, at most 255.
+
+    Sums, some of them twice while they are in flight, fragments, addresses (nvcc 13.0, sm_90).
+    """
+    needed = 1.2 * c.thread_m * c.thread_p + c.thread_m + c.thread_p + 32
+    return min(-(-int(needed) // 8) * 8, 255)
+
+
+def resident_blocks(c: Config, problem: ConvProblem, target: CudaTarget, padded: bool) -> int:
+    """Blocks that fit on a multiprocessor, at least 1: by registers and shared memory."""
+    taken = 4 * sum(shared_words(c, problem, padded)) + 1024
+    return max(
+        1,
+        min(
+            REGISTERS // (registers(c) * c.threads),
+            target.shared_bytes_per_multiprocessor // taken,
+            2048 // c.threads,
+        ),
+    )
+
+
+def estimated_cycles(c: Config, problem: ConvProblem, target: CudaTarget) -> float:
+    """A model of the time on one multiprocessor; it ranks configurations.
+
+    Issue slots of what a thread executes, the fewer warps there are the more of them wasted, for
+    as many blocks as the busiest multiprocessor gets; at least what the L2 cache takes.
+    """
+    sizes = gemm_sizes(problem)
+    warps = c.threads / WARP
+    copies = c.block_k * (c.block_m / VECTOR + c.block_p) / c.threads
+    tile = c.block_k * (
+        c.thread_m * c.thread_p + (c.thread_m + c.thread_p) / VECTOR
+    ) + copies * (3 if c.taps else 7)  # fmt: skip
+    steps = -(-k_tiles(problem, c) // c.split)
+    slots = steps * (tile + 40) + 6 * c.thread_m * c.thread_p * (1 if c.split == 1 else 3) + 600
+    blocks = -(-sizes.m // c.block_m) * -(-sizes.p // c.block_p) * sizes.groups * c.split
+    turns, left = divmod(-(-blocks // target.multiprocessors), c.blocks)
+    # A scheduler issues from one warp in two of three cycles, from several in nearly all.
+    full, part = (max(1.0, n * warps / 4) + 0.5 for n in (c.blocks, left))
+    cycles = slots * (turns * full + (part if left else 0))
+    # At a barrier a block waits for its slowest warp, unless another block has work.
+    cycles += steps * 100 * (turns / c.blocks + (1 / left if left else 0))
+    traffic = steps * c.block_k * (c.block_m + c.block_p) * 4 * (turns * c.blocks + left)
+    return max(cycles, traffic / L2_BYTES_PER_CYCLE)
+
+
+IMPLICIT = CudaSimtAsync("cuda_simt_async", explicit=False)
+EXPLICIT = CudaSimtAsync("cuda_simt_async_explicit", explicit=True)
