@@ -80,7 +80,7 @@ def test_im2col_of_the_whole_batch_where_pytorch_has_another_backend():
 def test_cuda_only_families_are_gaps_elsewhere():
     llvm = resolve("llvm")
     assert {entry.family for entry in baselines.implementations(llvm)[1:]} == set(baselines.DEFAULT)
-    entries = baselines.implementations(llvm, ["cudnn", "cublas", "direct"])[1:]
+    entries = baselines.implementations(llvm, ["cudnn", "cudnn-frontend", "cublas", "direct"])[1:]
     brief = timing.Limits(warmup=0, seconds=0, least=1, most=1)
     record = run({"small": SMALL}, llvm, entries, brief)
     reasons = {e["reason"] for e in record["layers"][0]["implementations"]}

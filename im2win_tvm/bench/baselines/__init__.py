@@ -8,6 +8,7 @@ from ..accuracy import TF32
 from .base import Implementation, Prepared
 from .cublas import Cublas
 from .cudnn import CUDNN
+from .cudnn_frontend import CUDNN_FRONTEND
 from .direct import Direct
 from .im2win import Im2win
 from .torch_conv import Torch
@@ -18,6 +19,7 @@ __all__ = ["COMPETITORS", "DEFAULT", "Implementation", "Prepared", "implementati
 #: The competitors by family.
 COMPETITORS: dict[str, tuple[Implementation, ...]] = {
     "cudnn": CUDNN,
+    "cudnn-frontend": CUDNN_FRONTEND,
     "cublas": (Cublas(),),
     "direct": (Direct(),),
     "tvm": (TvmDefault(),),
