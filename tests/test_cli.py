@@ -209,6 +209,17 @@ def test_bench_against_a_list(im2win, tmp_path):
     assert len(rows) == 1 + 3 + 16
 
 
+def test_bench_against_every_family(im2win, tmp_path):
+    table = tmp_path / "table.csv"
+    families = "cudnn,cudnn-frontend,cublas,direct,tvm,tvm-tuned,torch"
+    result = im2win("bench", SMALL, "--target", "llvm", "--against", families, "--csv", table)
+    assert result.exit_code == 0, result.output
+    assert "cudnn-frontend (all 4)" in result.stdout
+    assert "- tvm tuned (" in result.stdout
+    rows = [row.split(",") for row in table.read_text().splitlines()[1:]]
+    assert list(dict.fromkeys(row[6] for row in rows[1:])) == families.split(",")
+
+
 def test_bench_has_no_roofline_of_a_cpu(im2win, tmp_path):
     path = tmp_path / "roofline.png"
     result = im2win("bench", SMALL, "--target", "llvm", "--roofline", path)

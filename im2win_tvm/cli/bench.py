@@ -53,8 +53,8 @@ def bench(
         list[str] | None,
         typer.Option(
             "--against",
-            help="Comma-separated: cudnn, cublas, direct (cuda only), tvm, torch, or none. "
-            "Default: tvm,torch.",
+            help="Comma-separated: cudnn, cudnn-frontend, cublas, direct (cuda only), tvm, "
+            "tvm-tuned, torch, or none. Default: tvm,torch.",
         ),
     ] = None,
     json_path: Annotated[

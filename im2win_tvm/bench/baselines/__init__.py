@@ -13,6 +13,7 @@ from .direct import Direct
 from .im2win import Im2win
 from .torch_conv import Torch
 from .tvm_default import TvmDefault
+from .tvm_tuned import TvmTuned
 
 __all__ = ["COMPETITORS", "DEFAULT", "Implementation", "Prepared", "implementations"]
 
@@ -23,6 +24,7 @@ COMPETITORS: dict[str, tuple[Implementation, ...]] = {
     "cublas": (Cublas(),),
     "direct": (Direct(),),
     "tvm": (TvmDefault(),),
+    "tvm-tuned": (TvmTuned(),),
     "torch": tuple(Torch(last, tf32) for tf32 in (False, True) for last in (False, True)),
 }
 #: What is measured unless something else is asked for: they exist for every target.

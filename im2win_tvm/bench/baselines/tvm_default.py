@@ -32,27 +32,31 @@ class TvmDefault:
             return f"input_size={problem.input_size}: conv2d takes two spatial axes"
         return None
 
+    def module(self, problem: ConvProblem, target: Target, tvm_target: Any) -> tuple[Any, dict]:
+        """The IRModule that the default pipeline gets, and what a record says of it."""
+        detail: dict[str, Any] = {"pipeline": "TVM's default for the target"}
+        if isinstance(target, CpuTarget):
+            detail["threads"] = 1
+        return relax_module(problem), detail
+
     def prepare(self, operands: Operands, target: Target) -> Prepared:
         import tvm
         from tvm import relax
 
         problem = operands.problem
-        detail: dict[str, Any] = {"pipeline": "TVM's default for the target"}
+        on_cpu = isinstance(target, CpuTarget)
+        device = tvm.cpu() if on_cpu else tvm.cuda()
+        if not on_cpu:
+            choose_cuda_compiler()
+        tvm_target = tvm_target_here(target)
+        module, detail = self.module(problem, target, tvm_target)
         if problem.dtype == "float16":
             detail["accumulates"] = "float16"
-        if isinstance(target, CpuTarget):
-            tvm_target, device = target.tvm(), tvm.cpu()
-            detail["threads"] = 1
-        else:
-            device = tvm.cuda()
-            tvm_target = tvm.target.Target.from_device(device)
-            _choose_cuda_compiler()
         # `with`: CUDA's architecture is taken from the current target.
         with tvm_target:
-            executable = tvm.compile(_module(problem), target=tvm_target)
+            executable = tvm.compile(module, target=tvm_target)
         main = relax.VirtualMachine(executable, device)["main"]
         x, w = operands.x, operands.w
-        on_cpu = isinstance(target, CpuTarget)
         if on_cpu:
             w = np.moveaxis(w, 1, -1) if problem.channels_last else w
             # Copied, because TVM asks for arrays on a multiple of 64 bytes.
@@ -67,7 +71,17 @@ class TvmDefault:
         return Prepared(call, None, detail, _as_numpy if on_cpu else _as_torch)
 
 
-def _module(problem: ConvProblem) -> Any:
+def tvm_target_here(target: Target) -> Any:
+    """The `tvm.target.Target` of the device here: on CUDA with what the device tells of itself."""
+    import tvm
+
+    if isinstance(target, CpuTarget):
+        return target.tvm()
+    return tvm.target.Target.from_device(tvm.cuda())
+
+
+def relax_module(problem: ConvProblem) -> Any:
+    """A Relax module with `main(x, w)`; w in OIHW, or in OHWI where channels are last."""
     from tvm import relax
 
     (top, bottom), (left, right) = problem.padding
@@ -95,7 +109,7 @@ def _module(problem: ConvProblem) -> Any:
     return builder.get()
 
 
-def _choose_cuda_compiler() -> None:
+def choose_cuda_compiler() -> None:
     """Let TVM compile with nvcc where NVRTC's Python bindings, its default, are not installed."""
     if importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.bindings"):
         return

@@ -1,0 +1,164 @@
+"""TVM's conv2d tuned by MetaSchedule: which function is tuned, where its records lie, the best one.
+
+A folder holds the records of one problem on one device:
+``tuning_logs/<device>/metaschedule/<problem>-<dtype>-<layout>/``, in it a MetaSchedule JSONDatabase
+(database_workload.json, database_tuning_record.json) and provenance.jsonl, a line a session. Both
+are data: a trace names scheduling steps, and reading it runs no code of its author's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ... import environment, suites
+from ...problem import ConvProblem
+from ...target import Target
+from .tvm_default import relax_module
+
+__all__ = [
+    "PROVENANCE",
+    "SCRIPT",
+    "TUNING_LOGS",
+    "MissingRecord",
+    "bare_stack",
+    "best_record",
+    "fill_command",
+    "folder",
+    "has_records",
+    "legalized",
+    "prim_func",
+    "run_us",
+    "scheduled",
+]
+
+#: Records that ship, beside the package in its source tree.
+TUNING_LOGS = Path(__file__).resolve().parents[3] / "tuning_logs"
+PROVENANCE = "provenance.jsonl"
+SCRIPT = "python scripts/tune_tvm_baseline.py"
+_FILES = ("database_workload.json", "database_tuning_record.json")
+# What Relax calls the function that computes R.nn.conv2d.
+_NAME = "conv2d"
+
+
+class MissingRecord(LookupError):
+    """No record of the convolution as this TVM states it."""
+
+
+def folder(problem: ConvProblem, target: Target, root: Path | None = None) -> Path:
+    """Where the records of a problem on the device that `target` means lie, or would lie."""
+    name = f"{problem}-{problem.dtype}-{problem.layout.lower()}"
+    return (root or TUNING_LOGS) / environment.device_slug(target) / "metaschedule" / name
+
+
+def has_records(path: Path) -> bool:
+    """Whether a folder holds a database."""
+    return all((path / name).is_file() for name in _FILES)
+
+
+def fill_command(problem: ConvProblem, target: Target) -> str:
+    """The command that fills the folder of a problem, with those of its suite where it has one."""
+    options = f"--target {target.kind} --dtype {problem.dtype} --layout {problem.layout}"
+    for name in suites.SUITES:
+        known = suites.suite(name, problem.batch, problem.dtype, problem.layout)
+        if problem in known.values():
+            return f"{SCRIPT} --suite {name} --batch {problem.batch} {options}"
+    return f"{SCRIPT} {problem} {options}"
+
+
+def legalized(problem: ConvProblem, tvm_target: Any) -> Any:
+    """TVM's default module for a problem once its conv2d is a PrimFunc of TOPI's."""
+    from tvm import relax
+
+    with tvm_target:
+        return relax.transform.LegalizeOps()(relax_module(problem))
+
+
+def prim_func(module: Any) -> Any:
+    """The PrimFunc of a legalized module: what is tuned, and what a record is looked up by."""
+    return module[_NAME]
+
+
+def best_record(path: Path, function: Any) -> Any:
+    """The fastest tuning record of a function in a folder.
+
+    Raises MissingRecord where the folder has none of exactly this function: TVM's conv2d is another
+    one than it was when the folder was filled, or the folder is another problem's.
+    """
+    from tvm.s_tir import meta_schedule as ms
+
+    database = ms.database.JSONDatabase(work_dir=str(path), allow_missing=False)
+    module = _as_main(function)
+    # Asked first: a query would write a workload that is not there into the file.
+    found = None
+    if database.has_workload(module):
+        ranked = database.get_top_k(database.commit_workload(module), 1)
+        found = ranked[0] if len(ranked) else None
+    if found is None:
+        raise MissingRecord(
+            f"{_relative(path)}: no record of this TVM's conv2d among {len(database)}; "
+            f"tune again with {SCRIPT} --again"
+        )
+    return found
+
+
+def run_us(record: Any) -> float:
+    """The mean time of a record's runs in microseconds, by MetaSchedule's own measurement."""
+    return fmean(float(seconds) for seconds in record.run_secs) * 1e6
+
+
+def scheduled(module: Any, record: Any) -> Any:
+    """A legalized module with its conv2d scheduled by a record; pipelines leave that as it is."""
+    from tvm import s_tir
+
+    if any(instruction.kind.name == "Tensorize" for instruction in record.trace.insts):
+        _register_intrinsics()
+    schedule = s_tir.Schedule(_as_main(prim_func(module)))
+    record.trace.apply_to_schedule(schedule, remove_postproc=False)
+    function = schedule.mod["main"].without_attr("global_symbol")
+    module = module.clone()
+    module.update_func(module.get_global_var(_NAME), function.with_attr("tirx.is_scheduled", True))
+    return module
+
+
+def _as_main(function: Any) -> Any:
+    from tvm.s_tir.meta_schedule import tir_integration
+
+    return tir_integration._normalize_mod(function)
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(TUNING_LOGS.parent) if TUNING_LOGS in path.parents else path
+
+
+def bare_stack() -> None:
+    """Have `inspect.stack` read no source files in this process.
+
+    TVM's script parser asks for the stack once a function and uses the frames alone. With the
+    source lines of every frame, importing its table of tensor intrinsics takes up to a minute,
+    which is more than MetaSchedule gives a process that builds.
+    """
+
+    def stack(context: int = 1) -> list[inspect.FrameInfo]:
+        found, frame = [], sys._getframe(1)
+        while frame is not None:
+            code = frame.f_code
+            place = (code.co_filename, frame.f_lineno, code.co_name)
+            found.append(inspect.FrameInfo(frame, *place, None, None))
+            frame = frame.f_back
+        return found
+
+    inspect.stack = stack
+
+
+def _register_intrinsics() -> None:
+    """Tensor intrinsics by name, which traces for tensor cores refer to."""
+    kept = inspect.stack
+    bare_stack()
+    try:
+        import tvm.s_tir.tensor_intrin  # noqa: F401
+    finally:
+        inspect.stack = kept

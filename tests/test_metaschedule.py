@@ -1,0 +1,271 @@
+"""TVM's conv2d tuned by MetaSchedule: reading records, and filling them by a search."""
+
+import importlib.util
+import inspect
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from tvm import relax, s_tir
+from tvm.s_tir import meta_schedule as ms
+
+from im2win_tvm import environment
+from im2win_tvm.bench import baselines, metaschedule_tuning, timing
+from im2win_tvm.bench.baselines import metaschedule
+from im2win_tvm.bench.baselines.tvm_tuned import TvmTuned
+from im2win_tvm.bench.operands import HostOperands
+from im2win_tvm.bench.run import run
+from im2win_tvm.problem import ConvProblem
+from im2win_tvm.target import CudaTarget, resolve
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "tune_tvm_baseline.py"
+BRIEF = timing.Limits(warmup=0.001, seconds=0.001, least=1, most=3)
+PROBLEM = ConvProblem(2, 6, (9, 8), 10, 3, stride=2, padding=((0, 1), (2, 1)), groups=2)
+LLVM = resolve("llvm")
+PACKAGES = ("cloudpickle", "psutil")
+can_search = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in PACKAGES),
+    reason=f"MetaSchedule's search needs {' and '.join(PACKAGES)}",
+)
+
+
+@pytest.fixture
+def logs(tmp_path, monkeypatch):
+    """An empty tuning_logs."""
+    root = tmp_path / "tuning_logs"
+    monkeypatch.setattr(metaschedule, "TUNING_LOGS", root)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def named_handlers():
+    """MetaSchedule wants names of its logger's handlers. Those that pytest adds to a logger that
+    does not propagate, as MetaSchedule leaves its own, have none."""
+    logger = logging.getLogger("tvm.s_tir.meta_schedule")
+    logger.handlers.clear()
+    logger.propagate = True
+
+
+def _function(problem):
+    return metaschedule.prim_func(metaschedule.legalized(problem, LLVM.tvm()))
+
+
+def _record(problem, seconds, mark):
+    """A record that splits the outermost loop and runs it in parallel; `mark` tells it apart."""
+    function = _function(problem)
+    module = ms.tir_integration._normalize_mod(function)
+    schedule = s_tir.Schedule(module)
+    for name in ("conv2d_nchw", "group_conv2d_nchw", "conv2d_nhwc"):
+        if f'"{name}"' in str(module):
+            (loop, *_) = schedule.get_loops(schedule.get_sblock(name))
+    schedule.parallel(loop)
+    schedule.annotate(loop, "test_mark", mark)
+    info = ms.arg_info.ArgInfo.from_prim_func(module["main"])
+    workload = ms.database.Workload(module)
+    return ms.database.TuningRecord(schedule.trace, workload, [seconds], LLVM.tvm(), info)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        PROBLEM,
+        PROBLEM.replace(layout="NHWC", groups=1),
+        ConvProblem(1, 3, (6, 7), 4, (3, 2), padding=1, dilation=(1, 2), dtype="float16"),
+    ],
+    ids=str,
+)
+def test_the_best_record_is_built_and_computes_the_convolution(problem, logs):
+    path = metaschedule.folder(problem, LLVM)
+    for seconds, mark in ((2e-3, "slower"), (1e-3, "best"), (3e-3, "slowest")):
+        metaschedule_tuning.keep(_record(problem, seconds, mark), path)
+    entry = TvmTuned()
+    assert entry.available(problem, LLVM) is None
+    module, detail = entry.module(problem, LLVM, LLVM.tvm())
+    text = str(metaschedule.prim_func(module))
+    assert "T.parallel" in text
+    assert '"best"' in text
+    assert "slow" not in text
+    assert detail["tuned_us"] == pytest.approx(1000.0)
+    assert detail["records"] == f"{environment.device_slug(LLVM)}/metaschedule/{path.name}"
+    operands = HostOperands(problem)
+    prepared = entry.prepare(operands, LLVM)
+    outcome = operands.check(prepared.view(prepared.call()))
+    assert outcome.relative_error < (1e-6 if problem.dtype == "float32" else 1e-2)
+    assert ("accumulates" in prepared.detail) == (problem.dtype == "float16")
+
+
+def test_default_passes_keep_the_schedule(logs):
+    """The competitor would be TVM's default under another name if they did not."""
+    metaschedule_tuning.keep(_record(PROBLEM, 1e-3, "kept"), metaschedule.folder(PROBLEM, LLVM))
+    module, _ = TvmTuned().module(PROBLEM, LLVM, LLVM.tvm())
+    with LLVM.tvm():
+        lowered = relax.get_default_pipeline(LLVM.tvm())(module)
+    assert '"kept"' in str(lowered["conv2d"])
+    assert lowered["conv2d"].attrs["tirx.is_scheduled"]
+
+
+def test_bench_against_tuned_and_untuned(logs):
+    other = PROBLEM.replace(batch=1)
+    metaschedule_tuning.keep(_record(PROBLEM, 1e-3, "x"), metaschedule.folder(PROBLEM, LLVM))
+    entries = baselines.implementations(LLVM, ["tvm", "tvm-tuned"])[1:]
+    tuned, untuned = run({"tuned": PROBLEM, "untuned": other}, LLVM, entries, BRIEF)["layers"]
+    statuses = [[e["status"] for e in layer["implementations"]] for layer in (tuned, untuned)]
+    assert statuses == [["ok", "ok"], ["ok", "absent"]]
+    assert untuned["implementations"][1]["reason"] == (
+        "no MetaSchedule records of it in tuning_logs for this device: python "
+        f"scripts/tune_tvm_baseline.py {other} --target llvm --dtype float32 --layout NCHW"
+    )
+
+
+def test_the_command_that_fills_a_suite():
+    from im2win_tvm.suites import suite
+
+    layer = suite("paper", 128, "float16", "NHWC")["conv9"]
+    assert metaschedule.fill_command(layer, CudaTarget("sm_90")) == (
+        "python scripts/tune_tvm_baseline.py --suite paper --batch 128 --target cuda "
+        "--dtype float16 --layout NHWC"
+    )
+
+
+def test_a_record_of_another_convolution_is_a_miss_and_changes_no_file(logs):
+    path = metaschedule.folder(PROBLEM, LLVM)
+    metaschedule_tuning.keep(_record(PROBLEM.replace(stride=1), 1e-3, "x"), path)
+    files = {file: file.read_bytes() for file in path.iterdir()}
+    assert len(files) == 2
+    record = run({"it": PROBLEM}, LLVM, [TvmTuned()], BRIEF)
+    (entry,) = record["layers"][0]["implementations"]
+    assert entry["status"] == "absent"
+    assert (
+        "no record of this TVM's conv2d among 1; tune again with python scripts/"
+        in (entry["reason"])
+    )
+    assert {file: file.read_bytes() for file in path.iterdir()} == files
+
+
+def test_a_broken_database_is_a_gap(logs):
+    path = metaschedule.folder(PROBLEM, LLVM)
+    metaschedule_tuning.keep(_record(PROBLEM, 1e-3, "x"), path)
+    (path / "database_tuning_record.json").write_text("[1, 2\n")
+    record = run({"it": PROBLEM}, LLVM, [TvmTuned()], BRIEF)
+    (entry,) = record["layers"][0]["implementations"]
+    assert (entry["status"], "times" in entry) == ("absent", False)
+    (path / "database_tuning_record.json").unlink()
+    assert "no MetaSchedule records" in TvmTuned().available(PROBLEM, LLVM)
+
+
+def test_the_stack_without_source_lines():
+    kept = inspect.stack
+    try:
+        metaschedule.bare_stack()
+        frames = inspect.stack(context=1)
+        assert frames[0].function == "test_the_stack_without_source_lines"
+        assert frames[0].frame.f_code.co_filename == __file__
+        assert frames[0].code_context is None
+        expected = [frame.function for frame in kept(0)]
+        assert [frame.function for frame in inspect.stack()] == expected
+    finally:
+        inspect.stack = kept
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr(metaschedule_tuning.importlib.util, "find_spec", lambda name: None)
+    assert metaschedule_tuning.missing_packages() == (
+        "not installed: cloudpickle, psutil, xgboost, scipy, tornado "
+        "(pip install 'im2win_tvm[tune]')"
+    )
+    assert "psutil (pip" in metaschedule_tuning.missing_packages(dry=True)
+    monkeypatch.setattr(metaschedule_tuning.importlib.util, "find_spec", lambda name: 1)
+    assert metaschedule_tuning.missing_packages() is None
+
+
+def _machinery(error=None):
+    """Builds nothing and makes up times: only the search itself takes place."""
+    from tvm.ir.utils import derived_object
+    from tvm.s_tir.meta_schedule.testing.dummy_object import DummyRunner
+
+    @derived_object
+    class Builder(ms.builder.PyBuilder):
+        def build(self, inputs):
+            # MetaSchedule removes the folder of each file afterwards.
+            folders = [None if error else tempfile.mkdtemp() for _ in inputs]
+            paths = [folder and str(Path(folder) / "built") for folder in folders]
+            return [ms.builder.BuilderResult(path, error) for path in paths]
+
+    return {
+        "builder": Builder(),
+        "runner": DummyRunner(),
+        "cost_model": "random",
+        "strategy": "replay-trace",
+        "num_tuning_cores": 1,
+    }
+
+
+def test_a_search_fills_the_folder_that_bench_reads(logs):
+    line = metaschedule_tuning.tune(PROBLEM, LLVM, trials=4, per_round=2, **_machinery())
+    path = metaschedule.folder(PROBLEM, LLVM)
+    assert json.loads((path / metaschedule.PROVENANCE).read_text()) == line
+    assert (line["trials"], line["ran"], line["problem"]) == (4, 4, str(PROBLEM))
+    assert {"driver", "git_commit", "target", "versions", "seconds", "seed"} <= set(line)
+    best = metaschedule.best_record(path, _function(PROBLEM))
+    assert metaschedule.run_us(best) == pytest.approx(line["best_us"])
+    # One record a session is kept, and the best of all sessions is taken.
+    again = metaschedule_tuning.tune(PROBLEM, LLVM, trials=2, per_round=2, **_machinery())
+    assert len((path / "database_tuning_record.json").read_text().splitlines()) == 2
+    assert len((path / metaschedule.PROVENANCE).read_text().splitlines()) == 2
+    best = metaschedule.best_record(path, _function(PROBLEM))
+    fastest = min(line["best_us"], again["best_us"])
+    assert metaschedule.run_us(best) == pytest.approx(fastest)
+    operands = HostOperands(PROBLEM)
+    prepared = TvmTuned().prepare(operands, LLVM)
+    assert operands.check(prepared.view(prepared.call())).in_class
+
+
+def test_a_search_ends_with_its_time_and_keeps_what_it_has(tmp_path):
+    line = metaschedule_tuning.tune(
+        PROBLEM, LLVM, 64, 2, deadline=time.monotonic(), root=tmp_path, **_machinery()
+    )
+    assert (line["trials"], line["ran"]) == (2, 2)
+    assert metaschedule.has_records(metaschedule.folder(PROBLEM, LLVM, tmp_path))
+
+
+def test_a_search_in_which_nothing_ran_keeps_nothing(tmp_path):
+    with pytest.raises(metaschedule_tuning.TuningError, match="none of 2 candidates ran"):
+        metaschedule_tuning.tune(PROBLEM, LLVM, 2, 2, root=tmp_path, **_machinery("no compiler"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@can_search
+@pytest.mark.slow
+def test_dry_run_builds_for_a_gpu_that_is_not_here():
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--dry-run", "--trials", "2", "mb1ic16ih16oc32kh3"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    last = done.stdout.splitlines()[-1]
+    assert last == "mb1ic16ih16oc32kh3: 2 of 2 candidates built", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "conv99"], "layers='conv99': allowed: conv1, conv2"),
+        (["--trials", "0"], "trials=0: allowed: whole numbers from 1"),
+        (["mb1", "--dry-run"], "error: problem 'mb1'"),
+    ],
+)
+def test_the_script_refuses(arguments, message):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--target", "llvm", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert message in done.stderr
