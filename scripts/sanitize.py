@@ -24,9 +24,10 @@ import im2win_tvm
 from im2win_tvm import builds, environment, reference, tensors, toolchain
 from im2win_tvm.epilogue import NONE, Epilogue
 from im2win_tvm.problem import ConvProblem
+from im2win_tvm.schedules import SCHEDULES
 from im2win_tvm.target import resolve
 
-FORMS = ("cuda_simt", "cuda_simt_explicit")
+FORMS = ("cuda_simt", "cuda_simt_explicit", "cuda_simt_async", "cuda_simt_async_explicit")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FULL = Epilogue(True, True, "relu")
 # Ragged in every extent; whole vectors; strides, dilation, groups; more tiles of K than stages.
@@ -38,14 +39,20 @@ CASES = (
     (ConvProblem(1, 3, (27, 31), 9, 11, 4), NONE),
     (ConvProblem(1, 13, (8, 9), 13, 3, 2, 1, (1, 2), 13), NONE),
     (ConvProblem(1, 67, (7, 5), 70, 3, padding=1, dtype="float16"), NONE),
+    (ConvProblem(2, 128, (7, 7), 72, 3, padding=1), FULL),
     (ConvProblem(1, 1, (1, 1), 1, 1), NONE),
 )
 
 
 def prepare(folder: Path) -> None:
-    """Export every case in every form, with operands and the expected output beside it."""
+    """Export every case in every form that takes it, with operands and the expected output beside it."""
     target = resolve("cuda")
-    asked = [(form, *case) for form in FORMS for case in CASES]
+    asked = [
+        (form, *case)
+        for form in FORMS
+        for case in CASES
+        if SCHEDULES[form].supports(case[0], target) is None
+    ]
     requests = [builds.Request(p, target, schedule=form, epilogue=e) for form, p, e in asked]
     kernels = builds.build_all(requests, builds.default_jobs(target))
     for number, ((_, problem, epilogue), kernel) in enumerate(zip(asked, kernels, strict=True)):

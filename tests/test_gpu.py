@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from problems import edge_problems, odd_problems, problem_id
+from problems import DTYPES, edge_problems, odd_problems, problem_id
 
 import im2win_tvm
 from im2win_tvm import ArgumentError, builds, reference, suites, tensors
@@ -26,7 +26,13 @@ from im2win_tvm.target import resolve
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
-FORMS = ("cuda_simt", "cuda_simt_explicit")
+# Every CUDA schedule, and the narrowest dtype that it takes.
+FORMS = {
+    "cuda_simt": "float16",
+    "cuda_simt_explicit": "float16",
+    "cuda_simt_async": "float32",
+    "cuda_simt_async_explicit": "float32",
+}
 EDGES = dict(edge_problems())
 ODD = odd_problems(6, 150)
 RAGGED = ConvProblem(3, 6, (11, 13), 22, (3, 4), (2, 1), ((1, 2), (0, 1)), (1, 1), 2)
@@ -41,12 +47,29 @@ PAPER = {
     for name, problem in suites.suite("paper", batch=128, layout=layout).items()
 }
 every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def takes(form, problem):
+    return problem.dtype == "float32" or FORMS[form] == "float16"
+
+
+def every_form_with(problems):
+    """(form, problem) of the mapping from names to problems, where the form takes it."""
+    ways = {
+        f"{name}-{form}": (form, problem)
+        for form in FORMS
+        for name, problem in problems.items()
+        if takes(form, problem)
+    }
+    return pytest.mark.parametrize(("form", "problem"), ways.values(), ids=ways)
+
+
 MANY = {*EDGES.values(), *ODD, *PAPER.values()}
 # Problem and epilogue of every kernel that a test here asks for.
 WANTED = [
     *((problem, NONE) for problem in MANY),
     *((RAGGED.replace(layout="NHWC"), epilogue) for epilogue in EPILOGUES),
-    *((WHOLE.replace(dtype="float16"), epilogue) for epilogue in EPILOGUES),
+    *((WHOLE.replace(dtype=dtype), epilogue) for epilogue in EPILOGUES for dtype in DTYPES),
     (WHOLE, NONE),
     (WHOLE.replace(layout="NHWC"), NONE),
     (RAGGED, FULL),
@@ -61,7 +84,7 @@ def built(request):
     keys = [
         (form, (problem, epilogue))
         for form, (problem, epilogue) in itertools.product(FORMS, WANTED)
-        if problem not in MANY or (form, problem) in selected
+        if takes(form, problem) and (problem not in MANY or (form, problem) in selected)
     ]
     started = time.perf_counter()
     kernels = builds.build_all(
@@ -131,14 +154,12 @@ def assert_right(kernel, kinds=tensors.KINDS):
         assert result.ok, f"{kernel.metadata['schedule']}, {kind}: {result.message}"
 
 
-@every_form
-@pytest.mark.parametrize("problem", EDGES.values(), ids=EDGES)
+@every_form_with(EDGES)
 def test_edges(problem, form, kernel_of):
     assert_right(kernel_of(form, problem))
 
 
-@every_form
-@pytest.mark.parametrize("problem", ODD, ids=problem_id)
+@every_form_with({problem_id(problem): problem for problem in ODD})
 def test_odd_problems(problem, form, kernel_of):
     assert_right(kernel_of(form, problem))
 
@@ -147,7 +168,7 @@ def test_odd_problems(problem, form, kernel_of):
 @pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
 def test_epilogues(epilogue, form, kernel_of):
     assert_right(kernel_of(form, RAGGED.replace(layout="NHWC"), epilogue))
-    assert_right(kernel_of(form, WHOLE.replace(dtype="float16"), epilogue))
+    assert_right(kernel_of(form, WHOLE.replace(dtype=FORMS[form]), epilogue))
 
 
 def exact(x, w, problem):
@@ -164,8 +185,7 @@ def exact(x, w, problem):
     return y.permute(0, 2, 3, 1) if problem.channels_last else y
 
 
-@every_form
-@pytest.mark.parametrize("problem", PAPER.values(), ids=["-".join(map(str, key)) for key in PAPER])
+@every_form_with({"-".join(key): problem for key, problem in PAPER.items()})
 def test_paper_layers(problem, form, kernel_of):
     """Against float64 on the device in chunks of images; the largest takes some 10 GiB."""
     kernel = kernel_of(form, problem)
@@ -287,7 +307,7 @@ def test_workspace_is_what_a_call_allocates(form, kernel_of):
     taken = torch().cuda.max_memory_allocated() - before
     # PyTorch rounds up to 512 bytes.
     assert taken == -(-kernel.workspace_bytes // 512) * 512
-    assert (taken > 0) == (form == "cuda_simt_explicit")
+    assert (taken > 0) == form.endswith("explicit")
 
 
 def busy():
