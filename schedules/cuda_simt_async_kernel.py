@@ -390,7 +390,6 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, explicit:
             # The blocks of a cluster leave their sums in shared memory; each adds up and stores
             # its share of the vectors, always in the same order.
             address: T.uint32
-            T.ptx["cp.async.wait_group"](0)
             T.cuda.cta_sync()
             for s in T.unroll(POSITIONS):
                 for t in T.unroll(CHANNELS):

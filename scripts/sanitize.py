@@ -45,7 +45,7 @@ CASES = (
 
 
 def prepare(folder: Path) -> None:
-    """Export every case in every form that takes it, with operands and the expected output beside it."""
+    """Export every case in the forms that take it, with operands and the expected output."""
     target = resolve("cuda")
     asked = [
         (form, *case)
