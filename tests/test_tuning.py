@@ -12,19 +12,21 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from failing_schedule import Ending
-from tuning_records import CPU, PROBLEM, make, write
+from tuning_records import CPU, H100, PROBLEM, make, write
 from typer.testing import CliRunner
 
 import im2win_tvm
 from im2win_tvm import Epilogue, artifact, builds, toolchain
 from im2win_tvm.bench import timing
+from im2win_tvm.bench.operands import HostOperands, TorchOperands
 from im2win_tvm.cli import app
 from im2win_tvm.schedules import SCHEDULES
 from im2win_tvm.select import select
 from im2win_tvm.target import CudaTarget
-from im2win_tvm.tuning import lookup, session
+from im2win_tvm.tuning import lookup, measuring, session
 from im2win_tvm.tuning.measuring import Measurement, Measurer, TuningError
 from im2win_tvm.tuning.records import Record, read
 from im2win_tvm.tuning.search import Listed, RandomThenClimb, Trial, neighbours, search
@@ -82,7 +84,6 @@ def test_proposals_are_new_reproducible_and_begin_with_the_known_one():
 
 def test_the_search_ends_with_the_configurations():
     proposer = RandomThenClimb(GRID[0], GRID[:9], 3)
-    assert proposer.count == 9
     assert {trial.config for trial in search(proposer, _measure, 100, 4)} == set(GRID[:9])
 
 
@@ -182,8 +183,6 @@ def test_a_kernel_that_takes_its_process_down_is_lost_alone(
 
 
 def test_what_cannot_be_measured_is_refused(measurer, tmp_path, monkeypatch):
-    from im2win_tvm.tuning import measuring
-
     monkeypatch.setattr(measuring, "PREPARATION", 0.0)
     with pytest.raises(TuningError, match="tensors and reference took more than 0 s"):
         measurer.measure(PROBLEM, [], BRIEF)
@@ -408,6 +407,74 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
         for _ in range(100):
             os.killpg(running.pid, 0)
             time.sleep(0.1)
+
+
+def test_kernels_are_measured_on_torch_tensors(kernel, tmp_path):
+    """As on CUDA, where the tensors are PyTorch's."""
+    pytest.importorskip("torch")
+    paths = [kernel.export(tmp_path / "good.so")]
+    paths.append(im2win_tvm.compile(PROBLEM, "llvm", activation="relu").export(tmp_path / "b.so"))
+    operands = TorchOperands(PROBLEM, device="cpu")
+    good, wrong = measuring._measured(paths, BRIEF, operands, timing.CpuClock())
+    assert good.passed
+    assert good.times["warm"].n >= 3
+    assert (wrong.error, wrong.passed, wrong.times) == (None, False, {})
+
+
+def test_a_race_that_shows_after_the_timing_counts(kernel, tmp_path, monkeypatch):
+    """Right once is not enough: outputs are checked before the timing and after it."""
+    operands = HostOperands(PROBLEM)
+    check, turns = operands.check, []
+
+    def late(output):
+        turns.append(np.isfinite(output).all())
+        return check(output * (1 if len(turns) == 1 else 2))
+
+    monkeypatch.setattr(operands, "check", late)
+    path = kernel.export(tmp_path / "kernel.so")
+    (result,) = measuring._measured([path], BRIEF, operands, timing.CpuClock())
+    assert (result.error, result.passed, result.times) == (None, False, {})
+    assert turns == [True, True]
+
+
+def test_schedules_of_a_gpu_meet_in_one_last_round(place, monkeypatch):
+    """Without a GPU: what is built and measured is made up, all between is what runs there."""
+    monkeypatch.setattr(toolchain, "nvcc_version", lambda: "13.0")
+    rounds = []
+
+    def build(self, result, configs):
+        return [session._Candidate(result, config, RuntimeError()) for config in configs]
+
+    def measure(self, problem, candidates, limits):
+        rounds.append([c.result.schedule for c in candidates])
+        cold = [500.0 - c.config.block_m - 150 * c.result.schedule.count("_") for c in candidates]
+        return [
+            Measurement(None, True, 1e-7, "", {
+                "cold": timing.Times(us, 0.12345, 9), "hot": timing.Times(us / 2, 0.1, 9)
+            })
+            for us in cold
+        ]  # fmt: skip
+
+    monkeypatch.setattr(session.Session, "_build", build)
+    monkeypatch.setattr(session.Session, "_measure", measure)
+    names = ["cuda_simt", "cuda_simt_explicit"]
+    proposers = {}
+    for name in names:
+        schedule = SCHEDULES[name]
+        default, configs = schedule.default(PROBLEM, H100), schedule.configs(PROBLEM, H100)
+        proposers[name] = RandomThenClimb(default, configs, 10)
+    with session.Session(H100, place, jobs=4) as running:
+        running.tune(PROBLEM, proposers, 20)
+    assert rounds[:-1] == [["cuda_simt"]] * 20 + [["cuda_simt_explicit"]] * 20
+    assert set(rounds[-1]) == set(names)
+    choice = select(PROBLEM, H100)
+    assert choice.schedule.name == "cuda_simt_explicit"
+    assert choice.origin.file.endswith("nvidia-h100/cuda_simt_explicit.jsonl")
+    assert choice.rejected["cuda_simt"].endswith(" us by its own record (full)")
+    record = read(Path(choice.origin.file))[0].record
+    assert record.versions["nvcc"] == "13.0"
+    assert record.times["cold"]["iqr_us"] == 0.123
+    assert list(record.times) == ["cold", "hot"]
 
 
 @pytest.mark.parametrize(

@@ -112,16 +112,19 @@ def tune(
     place = out or next(iter(lookup.named_places()), Path("tuning_logs"))
     trials = trials or (5 if again else 64)
     chosen = _problems(problems or [], suite, batch, dtype, layout)
-    if again:
-        searched = list(dict.fromkeys([place, *lookup.places()]))
-        plans = _again(chosen, resolved, schedule, searched, trials)
-    elif not chosen:
+    if not (chosen or again):
         raise typer.BadParameter("nothing to tune: name a PROBLEM or --suite")
+    plans: _Plans = {}
+    if again:
+        places = list(dict.fromkeys([place, *lookup.places()]))
+        known = _recorded(chosen, resolved, schedule, places)
+        for problem, name in known:
+            plans.setdefault(problem, []).append(name)
     else:
-        plans = _searches(chosen, resolved, schedule, trials, seed)
+        plans = _supporting(chosen, resolved, schedule)
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
-    steps = len(plans) + sum(n for _, proposers in plans for _, n in proposers.values())
+    steps = len(plans) + trials * sum(map(len, plans.values()))
     interrupted, shown = False, 0
     with (
         progress(steps) as step,
@@ -129,9 +132,14 @@ def tune(
         Session(resolved, place, jobs, progress=step, interrupted=asked) as session,
     ):
         try:
-            for problem, proposers in plans:
-                given = {name: proposer for name, (proposer, _) in proposers.items()}
-                for result in session.tune(problem, given, trials, seconds):
+            for problem, names in plans.items():
+                proposers = {
+                    name: _again_of(problem, name, resolved, trials, known)
+                    if again
+                    else _search_of(problem, name, resolved, trials, seed)
+                    for name in names
+                }
+                for result in session.tune(problem, proposers, trials, seconds):
                     print("\n".join(_lines(result)), flush=True)
                     shown += 1
         except KeyboardInterrupt:
@@ -166,8 +174,8 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-# What to measure: problems, each with the proposer of every schedule and how many it has at most.
-_Plans = list[tuple["ConvProblem", dict[str, tuple["Proposer", int]]]]
+# Problems, each with the names of the schedules to tune.
+_Plans = dict["ConvProblem", list[str]]
 
 
 def _problems(
@@ -181,54 +189,61 @@ def _problems(
     return list(dict.fromkeys(chosen))
 
 
-def _searches(
-    problems: list[ConvProblem], target: Target, schedule: str | None, trials: int, seed: int
-) -> _Plans:
-    """A search of every schedule that takes the problem. Raises ScheduleError if none does."""
+def _supporting(problems: list[ConvProblem], target: Target, schedule: str | None) -> _Plans:
+    """The schedules that take each problem. Raises ScheduleError if none does."""
     from ..schedules import SCHEDULES
     from ..select import select
-    from ..tuning.search import RandomThenClimb
 
-    plans: _Plans = []
+    plans = {}
     for problem in problems:
         select(problem, target, schedule)  # or say why nothing takes it
-        proposers = {}
-        for name, entry in SCHEDULES.items():
-            if entry.supports(problem, target) is None and schedule in (None, name):
-                default, configs = entry.default(problem, target), entry.configs(problem, target)
-                # Half of the trials look around, the other half climb.
-                proposer = RandomThenClimb(default, configs, -(-trials // 2), seed)
-                proposers[name] = proposer, min(trials, proposer.count)
-        plans.append((problem, proposers))
+        asked = SCHEDULES if schedule is None else {schedule: SCHEDULES[schedule]}
+        plans[problem] = [n for n, s in asked.items() if s.supports(problem, target) is None]
     return plans
 
 
-def _again(
-    problems: list[ConvProblem],
-    target: Target,
-    schedule: str | None,
-    places: list[Path],
-    trials: int,
-) -> _Plans:
-    """The heuristic's configuration and the fastest recorded ones of each problem and schedule."""
+def _search_of(problem: ConvProblem, name: str, target: Target, trials: int, seed: int) -> Proposer:
     from ..schedules import SCHEDULES
+    from ..tuning.search import RandomThenClimb
+
+    schedule = SCHEDULES[name]
+    default, configs = schedule.default(problem, target), schedule.configs(problem, target)
+    # Half of the trials look around, the other half climb.
+    return RandomThenClimb(default, configs, -(-trials // 2), seed)
+
+
+_Recorded = dict[tuple["ConvProblem", str], list[Any]]
+
+
+def _recorded(
+    problems: list[ConvProblem], target: Target, schedule: str | None, places: list[Path]
+) -> _Recorded:
+    """What is recorded of these problems (of all, if there are none), and of this schedule."""
     from ..tuning.lookup import recorded
     from ..tuning.measuring import TuningError
     from ..tuning.records import key_of
-    from ..tuning.search import Listed
 
     wanted = [key_of(problem) for problem in problems]
-    plans: dict[ConvProblem, dict[str, tuple[Proposer, int]]] = {}
-    for (problem, name), configs in recorded(places, target).items():
-        if schedule in (None, name) and (not problems or problem in wanted):
-            default = SCHEDULES[name].default(problem, target)
-            listed = list(dict.fromkeys([default, *configs]))[:trials]
-            plans.setdefault(problem, {})[name] = Listed(listed), len(listed)
-    if not plans:
+    found = {
+        (problem, name): configs
+        for (problem, name), configs in recorded(places, target).items()
+        if schedule in (None, name) and (not problems or problem in wanted)
+    }
+    if not found:
         raise TuningError(
             f"--again: no record of these problems on this device in {', '.join(map(str, places))}"
         )
-    return list(plans.items())
+    return found
+
+
+def _again_of(
+    problem: ConvProblem, name: str, target: Target, trials: int, known: _Recorded
+) -> Proposer:
+    from ..schedules import SCHEDULES
+    from ..tuning.search import Listed
+
+    default = SCHEDULES[name].default(problem, target)
+    return Listed(list(dict.fromkeys([default, *known[problem, name]]))[:trials])
 
 
 def _lines(result: Result) -> list[str]:

@@ -49,13 +49,11 @@ class RandomThenClimb:
     """One known configuration, random ones, then neighbours of the fastest few.
 
     first: proposed before all others (the heuristic's). configs: all valid ones. explore: how
-    many are proposed before climbing begins. count: how many there are. The same seed and times
-    give the same proposals.
+    many are proposed before climbing begins. The same seed and times give the same proposals.
     """
 
     def __init__(self, first: Any, configs: Iterable[Any], explore: int, seed: int = 0) -> None:
         self._configs = list(dict.fromkeys([first, *configs]))
-        self.count = len(self._configs)
         self._chance = random.Random(seed)
         rest = self._configs[1:]
         self._chance.shuffle(rest)
