@@ -124,7 +124,7 @@ def kernel():
 
 @pytest.fixture
 def measurer():
-    with Measurer("llvm", patience=5.0) as made:
+    with Measurer("llvm") as made:
         yield made
 
 
@@ -152,7 +152,10 @@ def test_measuring(kernel, measurer, tmp_path):
     assert "outputs are wrong" in two.message
     assert three.error.startswith("ArtifactError: ")
     assert "cut short" in three.error
-    # The same process goes on to another problem.
+    # What a wrong kernel may have written over is made anew.
+    assert measurer._process is None
+    assert measurer.measure(PROBLEM, [good], BRIEF)[0].passed
+    # After right ones the same process goes on, to another problem too.
     process = measurer._process.pid
     other = PROBLEM.replace(layout="NHWC")
     path = im2win_tvm.compile(other, "llvm").export(tmp_path / "other.so")
@@ -178,7 +181,7 @@ def test_a_kernel_that_takes_its_process_down_is_lost_alone(
     (result,) = measurer.measure(PROBLEM, [_spoiled(kernel, tmp_path / "bad.so", body)], BRIEF)
     assert result.passed is False
     assert re.fullmatch(error, result.error)
-    measurer._patience = 30.0
+    measurer._patience = measuring.PATIENCE
     assert measurer.measure(PROBLEM, [good], BRIEF)[0].passed
 
 

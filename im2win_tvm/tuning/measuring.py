@@ -1,7 +1,8 @@
 """Measuring kernels in a process of their own, so that a candidate can crash without harm.
 
 A CUDA kernel that reads where it must not ends every later call of its process with an error, and
-a CPU kernel ends the process itself. Both cost one candidate: the process is started anew.
+a CPU kernel ends the process itself. Both cost one candidate: after anything but a right output the
+process is started anew.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import multiprocessing
 import signal
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,11 @@ class Measurer:
             if not self._connection.poll(seconds):
                 self._stop()
                 return [Measurement(f"hangs: no answer within {seconds:.0f} s")] * len(libraries)
-            results, healthy = self._connection.recv()
+            results, unharmed = self._connection.recv()
         except (EOFError, OSError):
             reason = self._stop()
             return [Measurement(f"ended its process ({reason})")] * len(libraries)
-        if not healthy:
+        if not unharmed:
             self._stop()
         return results
 
@@ -139,7 +140,7 @@ def _serve(connection: Connection, kind: str) -> None:
     """The child process: answers until nobody asks.
 
     To a problem with None once there are tensors for it, or with why not; to kernels of it with
-    their measurements, and whether this process can go on.
+    their measurements, and whether it is as it was before them.
     """
     # Ctrl-C reaches the whole group of processes, and is for the parent to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -157,8 +158,9 @@ def _serve(connection: Connection, kind: str) -> None:
             else:
                 # A clock remembers the calls that it timed, and with them kernels and outputs.
                 results = _measured(*asked, operands, timing.clock_for(kind))
-                healthy = all(r.error is None for r in results) or _healthy(kind)
-                connection.send((results, healthy))
+                # A kernel that failed may have left an error in the CUDA context, and a wrong one
+                # may have written over the tensors of those after it.
+                connection.send((results, all(result.passed for result in results)))
 
 
 def _measured(
@@ -166,35 +168,34 @@ def _measured(
 ) -> list[Measurement]:
     results: list[Measurement] = []
     calls: dict[int, Any] = {}
-    outputs: dict[int, Any] = {}
+    # One for all of them, since each is checked right after a call of its own: the outputs of
+    # twenty finalists would not fit on every GPU.
+    output = operands.poisoned()
     for index, library in enumerate(libraries):
         try:
-            output, call = _call_of(library, operands)
+            call = _call_of(library, operands, output)
             results.append(_checked(output, call, operands))
         except Exception as error:
             results.append(Measurement(first_line(error)))
         if results[-1].passed:
-            calls[index], outputs[index] = call, output
+            calls[index] = call
     try:
         times = timing.measure(calls, clock, limits)
         for index, call in calls.items():
             # Once more: a race may show in one call of many only.
-            again = _checked(outputs[index], call, operands)
-            if again.passed:
-                again = Measurement(None, True, again.relative_error, again.message, times[index])
-            results[index] = again
+            again = _checked(output, call, operands)
+            results[index] = replace(again, times=times[index] if again.passed else {})
     except Exception as error:
         for index in calls:
             results[index] = Measurement(first_line(error))
     return results
 
 
-def _call_of(library: Path, operands: Operands) -> tuple[Any, Any]:
-    """An output and the call that writes it."""
+def _call_of(library: Path, operands: Operands, output: Any) -> Any:
+    """The call of a kernel that writes `output`; its weights are prepared."""
     kernel = load(library)
     weights = kernel.prepare(operands.w)
-    output = operands.poisoned()
-    return output, lambda: kernel(operands.x, weights, out=output)
+    return lambda: kernel(operands.x, weights, out=output)
 
 
 def _checked(output: Any, call: Any, operands: Operands) -> Measurement:
@@ -203,15 +204,6 @@ def _checked(output: Any, call: Any, operands: Operands) -> Measurement:
     outcome = operands.check(output)
     error = outcome.relative_error if math.isfinite(outcome.relative_error) else None
     return Measurement(None, outcome.in_class, error, outcome.message)
-
-
-def _healthy(kind: str) -> bool:
-    """Whether this process can go on: an error of a CUDA kernel stays with its context."""
-    try:
-        timing.clock_for(kind).wait()
-    except Exception:
-        return False
-    return True
 
 
 def first_line(error: Exception) -> str:
