@@ -140,8 +140,13 @@ class Builder:
         if self._pool is None:
             # Not forked: a CUDA context does not survive that.
             context = multiprocessing.get_context("spawn")
+            # Ctrl-C reaches the whole group of processes, and is for this one to handle. A function
+            # of ours would be unpickled first, and import TVM, for seconds.
             self._pool = ProcessPoolExecutor(
-                self.jobs, mp_context=context, initializer=_ignore_interrupts
+                self.jobs,
+                mp_context=context,
+                initializer=signal.signal,
+                initargs=(signal.SIGINT, signal.SIG_IGN),
             )
         return self._pool
 
@@ -163,11 +168,6 @@ def _build(request: Request) -> Kernel:
         residual=epilogue.residual,
         activation=epilogue.activation,
     )
-
-
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches the whole group of processes, and is for the first of them to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _library(folder: tempfile.TemporaryDirectory) -> Path:

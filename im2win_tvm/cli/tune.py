@@ -254,7 +254,7 @@ def _lines(result: Result) -> list[str]:
     heuristic, best = result.best(result.heuristic), result.best()
     text = f"{problem} {problem.dtype} {problem.layout}  {result.schedule}: {result.tried} tried"
     if best is None:
-        text += ", none right"
+        text += ", none right" if result.wrong or result.errors else ", nothing measured"
     else:
         text += f", best {microseconds(best.time_us)} us"
         if heuristic is not None:
