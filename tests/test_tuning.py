@@ -1,214 +1,33 @@
-"""Tuning: the search, measuring in a process that may die, sessions that keep what they have."""
+"""Tuning sessions: from the command to the records, and from these to the selection."""
 
-import itertools
 import json
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from failing_schedule import Ending
 from tuning_records import CPU, H100, PROBLEM, make, write
 from typer.testing import CliRunner
 
 import im2win_tvm
-from im2win_tvm import Epilogue, artifact, builds, toolchain
+from im2win_tvm import Epilogue, toolchain
 from im2win_tvm.bench import timing
-from im2win_tvm.bench.operands import HostOperands, TorchOperands
 from im2win_tvm.cli import app
 from im2win_tvm.schedules import SCHEDULES
 from im2win_tvm.select import select
 from im2win_tvm.target import CudaTarget
-from im2win_tvm.tuning import lookup, measuring, session
+from im2win_tvm.tuning import lookup, session
 from im2win_tvm.tuning.measuring import Measurement, Measurer, TuningError
 from im2win_tvm.tuning.records import Record, read
-from im2win_tvm.tuning.search import Listed, RandomThenClimb, Trial, neighbours, search
+from im2win_tvm.tuning.search import Listed, RandomThenClimb
 
 BRIEF = timing.Limits(warmup=0.001, seconds=0.001, least=3, most=5)
 TEXT = str(PROBLEM)
-
-
-@dataclass(frozen=True)
-class Point:
-    a: int
-    b: int
-    c: int
-    d: bool
-
-
-GRID = [Point(*values) for values in itertools.product(range(12), (1, 2, 4, 8), range(9), (0, 1))]
-
-
-def cost(point):
-    """One valley, in which two fields depend on each other; single steps lead down everywhere."""
-    slope = abs(point.a - point.c - 2) + 3 * abs(point.c - 7) + 2 * abs(point.b - 4)
-    return 10.0 + slope + (0 if point.d else 5)
-
-
-BEST = Point(9, 4, 7, 1)
-
-
-def _measure(configs):
-    for config in configs:
-        yield Trial(config, cost(config))
-
-
-def _found(seed, explore, most=120, batch=4):
-    proposer = RandomThenClimb(GRID[0], GRID, explore, seed)
-    return min(search(proposer, _measure, most, batch), key=lambda trial: trial.time_us).config
-
-
-def test_the_search_finds_the_lowest_point():
-    assert min(GRID, key=cost) == BEST
-    assert [_found(seed, 40) for seed in range(8)] == [BEST] * 8
-    # Chance alone, with as many trials, does not.
-    assert [_found(seed, 120) for seed in range(8)].count(BEST) <= 3
-
-
-def test_proposals_are_new_reproducible_and_begin_with_the_known_one():
-    runs = [search(RandomThenClimb(GRID[5], GRID, 20, 3), _measure, 60, 7) for _ in range(2)]
-    assert runs[0] == runs[1]
-    configs = [trial.config for trial in runs[0]]
-    assert configs[0] == GRID[5]
-    assert len(set(configs)) == 60
-    other = search(RandomThenClimb(GRID[5], GRID, 20, 4), _measure, 60, 7)
-    assert [trial.config for trial in other][1:20] != configs[1:20]
-
-
-def test_the_search_ends_with_the_configurations():
-    proposer = RandomThenClimb(GRID[0], GRID[:9], 3)
-    assert {trial.config for trial in search(proposer, _measure, 100, 4)} == set(GRID[:9])
-
-
-def test_failed_trials_are_not_climbed_from():
-    """With nothing right, only chance is left, and the search goes on."""
-    proposer = RandomThenClimb(GRID[0], GRID, 2)
-    done = search(proposer, lambda configs: [Trial(c, math.inf) for c in configs], 30, 5)
-    assert len({trial.config for trial in done}) == 30
-
-
-def test_the_search_stops_when_told():
-    """In the middle of a batch too, and then without measuring its rest."""
-    measured = []
-
-    def measure(configs):
-        for trial in _measure(configs):
-            measured.append(trial)
-            yield trial
-
-    done = search(Listed(GRID), measure, 100, 4, lambda: len(measured) >= 6)
-    assert done == measured
-    assert len(done) == 6
-    assert [trial.config for trial in search(Listed(GRID), _measure, 6, 4)] == GRID[:6]
-
-
-def test_neighbours_are_one_step_away_among_what_is_valid():
-    configs = [Point(a, b, 0, False) for a in (0, 2, 3, 7) for b in (1, 4)]
-    configs.remove(Point(3, 4, 0, False))
-    near = neighbours(Point(2, 4, 0, False), configs)
-    assert set(near) == {Point(0, 4, 0, False), Point(7, 4, 0, False), Point(2, 1, 0, False)}
-    assert neighbours(Point(0, 1, 0, False), [*configs, Point(0, 1, None, False)]) != []
-
-
-@pytest.fixture(scope="module")
-def kernel():
-    return im2win_tvm.compile(PROBLEM, "llvm", schedule="cpu_blocked", config={})
-
-
-@pytest.fixture
-def measurer():
-    with Measurer("llvm") as made:
-        yield made
-
-
-def _spoiled(kernel, path, body):
-    """A library that passes for `kernel` until it is loaded, and then runs `body`."""
-    source = path.with_suffix(".c")
-    text = artifact.metadata_source(kernel.metadata)
-    includes = "#include <stdlib.h>\n#include <unistd.h>\n"
-    source.write_text(f"{includes}{text}__attribute__((constructor)) void f(void) {{ {body} }}\n")
-    toolchain.run([toolchain.find_cc(), "-shared", "-fPIC", "-o", str(path), str(source)])
-    artifact.seal(path)
-    return path
-
-
-def test_measuring(kernel, measurer, tmp_path):
-    good = kernel.export(tmp_path / "good.so")
-    wrong = im2win_tvm.compile(PROBLEM, "llvm", activation="relu").export(tmp_path / "wrong.so")
-    damaged = tmp_path / "damaged.so"
-    damaged.write_bytes(good.read_bytes()[:-10])
-    one, two, three = measurer.measure(PROBLEM, [good, wrong, damaged], BRIEF)
-    assert (one.error, one.passed) == (None, True)
-    assert 0 < one.relative_error < 1e-6
-    assert one.times["warm"].n >= 3
-    assert (two.error, two.passed, two.times) == (None, False, {})
-    assert "outputs are wrong" in two.message
-    assert three.error.startswith("ArtifactError: ")
-    assert "cut short" in three.error
-    # What a wrong kernel may have written over is made anew.
-    assert measurer._process is None
-    assert measurer.measure(PROBLEM, [good], BRIEF)[0].passed
-    # After right ones the same process goes on, to another problem too.
-    process = measurer._process.pid
-    other = PROBLEM.replace(layout="NHWC")
-    path = im2win_tvm.compile(other, "llvm").export(tmp_path / "other.so")
-    assert measurer.measure(other, [path], BRIEF)[0].passed
-    assert measurer._process.pid == process
-
-
-@pytest.mark.parametrize(
-    ("body", "error"),
-    [
-        ("abort();", r"ended its process \(SIGABRT\)"),
-        ("*(volatile int *)0 = 1;", r"ended its process \(SIGSEGV\)"),
-        ("_exit(7);", r"ended its process \(exit code 7\)"),
-        ("for (;;) sleep(60);", "hangs: no answer within 1 s"),
-    ],
-)
-def test_a_kernel_that_takes_its_process_down_is_lost_alone(
-    kernel, measurer, tmp_path, body, error
-):
-    good = kernel.export(tmp_path / "good.so")
-    assert measurer.measure(PROBLEM, [good], BRIEF)[0].passed
-    measurer._patience = 1.0
-    (result,) = measurer.measure(PROBLEM, [_spoiled(kernel, tmp_path / "bad.so", body)], BRIEF)
-    assert result.passed is False
-    assert re.fullmatch(error, result.error)
-    measurer._patience = measuring.PATIENCE
-    assert measurer.measure(PROBLEM, [good], BRIEF)[0].passed
-
-
-def test_what_cannot_be_measured_is_refused(measurer, tmp_path, monkeypatch):
-    monkeypatch.setattr(measuring, "PREPARATION", 0.0)
-    with pytest.raises(TuningError, match="tensors and reference took more than 0 s"):
-        measurer.measure(PROBLEM, [], BRIEF)
-    assert measurer._process is None
-
-
-def test_a_builder_outlives_a_build_that_ends_its_process():
-    requests = [builds.Request(PROBLEM, CPU, name) for name in (Ending(), "cpu_blocked")]
-    with builds.Builder(2) as builder:
-        ended, kernel = builder.build(requests)
-    assert str(ended) == "the process that built it ended"
-    assert kernel.problem == PROBLEM
-
-
-def test_a_builder_keeps_its_processes():
-    with builds.Builder(2) as builder:
-        pools = []
-        for _ in range(2):
-            (kernel,) = builder.build([builds.Request(PROBLEM, CPU)])
-            assert kernel.problem == PROBLEM
-            pools.append(builder._pool)
-    assert pools[0] is pools[1] is not None
-    assert builder._pool is None
 
 
 @pytest.fixture
@@ -410,34 +229,6 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
         for _ in range(100):
             os.killpg(running.pid, 0)
             time.sleep(0.1)
-
-
-def test_kernels_are_measured_on_torch_tensors(kernel, tmp_path):
-    """As on CUDA, where the tensors are PyTorch's."""
-    pytest.importorskip("torch")
-    paths = [kernel.export(tmp_path / "good.so")]
-    paths.append(im2win_tvm.compile(PROBLEM, "llvm", activation="relu").export(tmp_path / "b.so"))
-    operands = TorchOperands(PROBLEM, device="cpu")
-    good, wrong = measuring._measured(paths, BRIEF, operands, timing.CpuClock())
-    assert good.passed
-    assert good.times["warm"].n >= 3
-    assert (wrong.error, wrong.passed, wrong.times) == (None, False, {})
-
-
-def test_a_race_that_shows_after_the_timing_counts(kernel, tmp_path, monkeypatch):
-    """Right once is not enough: outputs are checked before the timing and after it."""
-    operands = HostOperands(PROBLEM)
-    check, turns = operands.check, []
-
-    def late(output):
-        turns.append(np.isfinite(output).all())
-        return check(output * (1 if len(turns) == 1 else 2))
-
-    monkeypatch.setattr(operands, "check", late)
-    path = kernel.export(tmp_path / "kernel.so")
-    (result,) = measuring._measured([path], BRIEF, operands, timing.CpuClock())
-    assert (result.error, result.passed, result.times) == (None, False, {})
-    assert turns == [True, True]
 
 
 def test_schedules_of_a_gpu_meet_in_one_last_round(place, monkeypatch):

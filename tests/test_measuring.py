@@ -1,0 +1,139 @@
+"""Building and measuring candidates: outputs are checked, and one that crashes is lost alone."""
+
+import re
+
+import numpy as np
+import pytest
+from failing_schedule import Ending
+from tuning_records import CPU, PROBLEM
+
+import im2win_tvm
+from im2win_tvm import artifact, builds, toolchain
+from im2win_tvm.bench import timing
+from im2win_tvm.bench.operands import HostOperands, TorchOperands
+from im2win_tvm.tuning import measuring
+from im2win_tvm.tuning.measuring import Measurer, TuningError
+
+BRIEF = timing.Limits(warmup=0.001, seconds=0.001, least=3, most=5)
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    return im2win_tvm.compile(PROBLEM, "llvm", schedule="cpu_blocked", config={})
+
+
+@pytest.fixture
+def measurer():
+    with Measurer("llvm") as made:
+        yield made
+
+
+def _spoiled(kernel, path, body):
+    """A library that passes for `kernel` until it is loaded, and then runs `body`."""
+    source = path.with_suffix(".c")
+    text = artifact.metadata_source(kernel.metadata)
+    includes = "#include <stdlib.h>\n#include <unistd.h>\n"
+    source.write_text(f"{includes}{text}__attribute__((constructor)) void f(void) {{ {body} }}\n")
+    toolchain.run([toolchain.find_cc(), "-shared", "-fPIC", "-o", str(path), str(source)])
+    artifact.seal(path)
+    return path
+
+
+def test_measuring(kernel, measurer, tmp_path):
+    good = kernel.export(tmp_path / "good.so")
+    wrong = im2win_tvm.compile(PROBLEM, "llvm", activation="relu").export(tmp_path / "wrong.so")
+    damaged = tmp_path / "damaged.so"
+    damaged.write_bytes(good.read_bytes()[:-10])
+    one, two, three = measurer.measure(PROBLEM, [good, wrong, damaged], BRIEF)
+    assert (one.error, one.passed) == (None, True)
+    assert 0 < one.relative_error < 1e-6
+    assert one.times["warm"].n >= 3
+    assert (two.error, two.passed, two.times) == (None, False, {})
+    assert "outputs are wrong" in two.message
+    assert three.error.startswith("ArtifactError: ")
+    assert "cut short" in three.error
+    # What a wrong kernel may have written over is made anew.
+    assert measurer._process is None
+    assert measurer.measure(PROBLEM, [good], BRIEF)[0].passed
+    # After right ones the same process goes on, to another problem too.
+    process = measurer._process.pid
+    other = PROBLEM.replace(layout="NHWC")
+    path = im2win_tvm.compile(other, "llvm").export(tmp_path / "other.so")
+    assert measurer.measure(other, [path], BRIEF)[0].passed
+    assert measurer._process.pid == process
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ("abort();", r"ended its process \(SIGABRT\)"),
+        ("*(volatile int *)0 = 1;", r"ended its process \(SIGSEGV\)"),
+        ("_exit(7);", r"ended its process \(exit code 7\)"),
+        ("for (;;) sleep(60);", "hangs: no answer within 1 s"),
+    ],
+)
+def test_a_kernel_that_takes_its_process_down_is_lost_alone(
+    kernel, measurer, tmp_path, body, error
+):
+    good = kernel.export(tmp_path / "good.so")
+    assert measurer.measure(PROBLEM, [good], BRIEF)[0].passed
+    measurer._patience = 1.0
+    (result,) = measurer.measure(PROBLEM, [_spoiled(kernel, tmp_path / "bad.so", body)], BRIEF)
+    assert result.passed is False
+    assert re.fullmatch(error, result.error)
+    measurer._patience = measuring.PATIENCE
+    assert measurer.measure(PROBLEM, [good], BRIEF)[0].passed
+
+
+def test_what_cannot_be_measured_is_refused(measurer, tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "PREPARATION", 0.0)
+    with pytest.raises(TuningError, match="tensors and reference took more than 0 s"):
+        measurer.measure(PROBLEM, [], BRIEF)
+    assert measurer._process is None
+
+
+def test_a_builder_outlives_a_build_that_ends_its_process():
+    requests = [builds.Request(PROBLEM, CPU, name) for name in (Ending(), "cpu_blocked")]
+    with builds.Builder(2) as builder:
+        ended, kernel = builder.build(requests)
+    assert str(ended) == "the process that built it ended"
+    assert kernel.problem == PROBLEM
+
+
+def test_a_builder_keeps_its_processes():
+    with builds.Builder(2) as builder:
+        pools = []
+        for _ in range(2):
+            (kernel,) = builder.build([builds.Request(PROBLEM, CPU)])
+            assert kernel.problem == PROBLEM
+            pools.append(builder._pool)
+    assert pools[0] is pools[1] is not None
+    assert builder._pool is None
+
+
+def test_kernels_are_measured_on_torch_tensors(kernel, tmp_path):
+    """As on CUDA, where the tensors are PyTorch's."""
+    pytest.importorskip("torch")
+    paths = [kernel.export(tmp_path / "good.so")]
+    paths.append(im2win_tvm.compile(PROBLEM, "llvm", activation="relu").export(tmp_path / "b.so"))
+    operands = TorchOperands(PROBLEM, device="cpu")
+    good, wrong = measuring._measured(paths, BRIEF, operands, timing.CpuClock())
+    assert good.passed
+    assert good.times["warm"].n >= 3
+    assert (wrong.error, wrong.passed, wrong.times) == (None, False, {})
+
+
+def test_a_race_that_shows_after_the_timing_counts(kernel, tmp_path, monkeypatch):
+    """Right once is not enough: outputs are checked before the timing and after it."""
+    operands = HostOperands(PROBLEM)
+    check, turns = operands.check, []
+
+    def late(output):
+        turns.append(np.isfinite(output).all())
+        return check(output * (1 if len(turns) == 1 else 2))
+
+    monkeypatch.setattr(operands, "check", late)
+    path = kernel.export(tmp_path / "kernel.so")
+    (result,) = measuring._measured([path], BRIEF, operands, timing.CpuClock())
+    assert (result.error, result.passed, result.times) == (None, False, {})
+    assert turns == [True, True]

@@ -1,0 +1,89 @@
+"""The search for configurations, on costs that are made up."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from im2win_tvm.tuning.search import Listed, RandomThenClimb, Trial, neighbours, search
+
+
+@dataclass(frozen=True)
+class Point:
+    a: int
+    b: int
+    c: int
+    d: bool
+
+
+GRID = [Point(*values) for values in itertools.product(range(12), (1, 2, 4, 8), range(9), (0, 1))]
+
+
+def cost(point):
+    """One valley, in which two fields depend on each other; single steps lead down everywhere."""
+    slope = abs(point.a - point.c - 2) + 3 * abs(point.c - 7) + 2 * abs(point.b - 4)
+    return 10.0 + slope + (0 if point.d else 5)
+
+
+BEST = Point(9, 4, 7, 1)
+
+
+def _measure(configs):
+    for config in configs:
+        yield Trial(config, cost(config))
+
+
+def _found(seed, explore, most=120, batch=4):
+    proposer = RandomThenClimb(GRID[0], GRID, explore, seed)
+    return min(search(proposer, _measure, most, batch), key=lambda trial: trial.time_us).config
+
+
+def test_the_search_finds_the_lowest_point():
+    assert min(GRID, key=cost) == BEST
+    assert [_found(seed, 40) for seed in range(8)] == [BEST] * 8
+    # Chance alone, with as many trials, does not.
+    assert [_found(seed, 120) for seed in range(8)].count(BEST) <= 3
+
+
+def test_proposals_are_new_reproducible_and_begin_with_the_known_one():
+    runs = [search(RandomThenClimb(GRID[5], GRID, 20, 3), _measure, 60, 7) for _ in range(2)]
+    assert runs[0] == runs[1]
+    configs = [trial.config for trial in runs[0]]
+    assert configs[0] == GRID[5]
+    assert len(set(configs)) == 60
+    other = search(RandomThenClimb(GRID[5], GRID, 20, 4), _measure, 60, 7)
+    assert [trial.config for trial in other][1:20] != configs[1:20]
+
+
+def test_the_search_ends_with_the_configurations():
+    proposer = RandomThenClimb(GRID[0], GRID[:9], 3)
+    assert {trial.config for trial in search(proposer, _measure, 100, 4)} == set(GRID[:9])
+
+
+def test_failed_trials_are_not_climbed_from():
+    """With nothing right, only chance is left, and the search goes on."""
+    proposer = RandomThenClimb(GRID[0], GRID, 2)
+    done = search(proposer, lambda configs: [Trial(c, math.inf) for c in configs], 30, 5)
+    assert len({trial.config for trial in done}) == 30
+
+
+def test_the_search_stops_when_told():
+    """In the middle of a batch too, and then without measuring its rest."""
+    measured = []
+
+    def measure(configs):
+        for trial in _measure(configs):
+            measured.append(trial)
+            yield trial
+
+    done = search(Listed(GRID), measure, 100, 4, lambda: len(measured) >= 6)
+    assert done == measured
+    assert len(done) == 6
+    assert [trial.config for trial in search(Listed(GRID), _measure, 6, 4)] == GRID[:6]
+
+
+def test_neighbours_are_one_step_away_among_what_is_valid():
+    configs = [Point(a, b, 0, False) for a in (0, 2, 3, 7) for b in (1, 4)]
+    configs.remove(Point(3, 4, 0, False))
+    near = neighbours(Point(2, 4, 0, False), configs)
+    assert set(near) == {Point(0, 4, 0, False), Point(7, 4, 0, False), Point(2, 1, 0, False)}
+    assert neighbours(Point(0, 1, 0, False), [*configs, Point(0, 1, None, False)]) != []
