@@ -121,11 +121,13 @@ def test_sampled_configurations(turn):
 )
 def test_epilogues(bias, residual, activation):
     epilogue = Epilogue(bias, residual, activation)
-    for problem in (RAGGED, WHOLE):
-        for layout, split in zip(LAYOUTS, (2, 1), strict=True):
-            config = config_of(split=split)
-            assert_right(FORMS[0], problem.replace(layout=layout), config, epilogue)
-            assert_right(FORMS[1], problem.replace(layout=layout), config, epilogue)
+    for problem, form, layout, split in (
+        (RAGGED, FORMS[0], "NCHW", 2),
+        (RAGGED, FORMS[1], "NHWC", 1),
+        (WHOLE, FORMS[0], "NHWC", 2),
+        (WHOLE, FORMS[1], "NCHW", 1),
+    ):
+        assert_right(form, problem.replace(layout=layout), config_of(split=split), epilogue)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -168,7 +170,7 @@ def test_shared_memory_has_no_bank_conflicts(problem, config, layout):
 
 
 def test_every_proposal_is_valid_and_so_is_the_default():
-    for problem in (RAGGED, TAPS, *single(odd_problems(5, 4))):
+    for problem in (RAGGED, TAPS):
         for schedule in (SCHEDULES[form] for form in FORMS):
             proposed = list(schedule.configs(problem, TARGET))
             assert len(set(proposed)) == len(proposed) > 100
@@ -258,10 +260,14 @@ def test_refused_problems():
 
 
 @pytest.mark.nvcc
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
-    ("layer", "layout"),
-    [("conv2", "NCHW"), ("conv3", "NHWC"), ("conv8", "NCHW"), ("conv12", "NHWC")],
+    ("layer", "layout", "arch"),
+    [
+        ("conv2", "NCHW", "sm_90"),
+        ("conv3", "NHWC", "sm_80"),
+        ("conv8", "NCHW", "sm_80"),
+        ("conv12", "NHWC", "sm_90"),
+    ],
 )
 def test_code(layer, layout, arch, tmp_path):
     """No spills, and copies, fragments and stores of 128 bits."""
