@@ -26,6 +26,7 @@ from tvm.ir import IRModule
 
 from ..epilogue import Epilogue
 from ..expr import (
+    KAxes,
     Place,
     arguments,
     convolution_gemm,
@@ -130,7 +131,7 @@ class CudaSimt(Schedule):
         return self.explicit or not any(map(any, problem.padding))
 
     def _shared_bytes(self, c: Config, problem: ConvProblem) -> int:
-        axes = k_axes(problem, c.block_k, c.taps)
+        axes = _axes(problem, c)
         stages = (2 if c.double_buffer else 1) if c.shared else 0
         tiles = [c.block_k * width * stages for width in (c.block_m, c.block_p + PADDING)]
         table = axes.outer * axes.inner if c.table else 0
@@ -203,6 +204,10 @@ class CudaSimt(Schedule):
         return IRModule(module)
 
 
+def _axes(problem: ConvProblem, c: Config) -> KAxes:
+    return k_axes(problem, c.block_k, "taps" if c.taps else "window")
+
+
 def _rounded_m(problem: ConvProblem, config: Config) -> int:
     return -(-gemm_sizes(problem).m // config.block_m) * config.block_m
 
@@ -211,7 +216,7 @@ def prepare(problem: ConvProblem, config: Config):
     """The filter in window order, channels innermost. Runs once."""
     w = te.placeholder(problem.weight_shape, problem.dtype, name="w")
     # All channels of a group side by side: one block, of M rounded up to whole tiles.
-    axes = k_axes(problem, config.block_k, config.taps)
+    axes = _axes(problem, config)
     packed = pack_filter(w, problem, _rounded_m(problem, config), axes)
     return elementwise([w, packed], "packed")
 
@@ -221,7 +226,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, explicit:
     c = config
     sizes = gemm_sizes(problem)
     # M, P and K are rounded up to whole tiles: windows are zero there, and only y is checked.
-    axes = k_axes(problem, c.block_k, c.taps)
+    axes = _axes(problem, c)
     p_padded = -(-sizes.p // c.block_p) * c.block_p
     height, width = problem.output_size
 

@@ -148,7 +148,7 @@ class CudaSimtAsync(Schedule):
         return not self.explicit and any(map(any, problem.padding))
 
     def schedule(self, problem, config, target, epilogue):
-        module = {PREPARE: prepare(problem, config)}
+        module = {PREPARE: prepare(problem, config, self.explicit)}
         if self.explicit:
             module[TRANSFORM] = write_im2win(problem)
         module[CONV] = convolve(problem, config, epilogue, self.explicit)

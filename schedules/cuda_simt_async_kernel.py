@@ -12,7 +12,16 @@ from tvm.ir import Var
 from tvm.script import tirx as T
 
 from ..epilogue import Epilogue
-from ..expr import arguments, finish, gemm_sizes, k_axes, pack_filter, transform
+from ..expr import (
+    KAxes,
+    arguments,
+    finish,
+    gemm_sizes,
+    k_axes,
+    pack_filter,
+    transform,
+    window_position,
+)
 from ..problem import ConvProblem
 from .base import ALIGNMENT
 from .cuda_elementwise import elementwise
@@ -52,8 +61,14 @@ class Config:
         return (self.block_m // self.thread_m) * (self.block_p // self.thread_p)
 
 
+def reduction(problem: ConvProblem, c: Config, explicit: bool) -> KAxes:
+    """The order of K: neighbours in it are neighbours in what the kernel reads."""
+    order = "blocks" if c.taps else "window" if explicit else "rows"
+    return k_axes(problem, c.block_k, order)
+
+
 def k_tiles(problem: ConvProblem, c: Config) -> int:
-    axes = k_axes(problem, c.block_k, c.taps)
+    axes = reduction(problem, c, False)
     return axes.outer * axes.inner // c.block_k
 
 
@@ -65,8 +80,7 @@ def shared_words(c: Config, problem: ConvProblem, padded: bool) -> tuple[int, in
         ring = max(ring, c.block_m * c.block_p)
     if c.taps:
         return ring, 0
-    entries = k_axes(problem, c.block_k, False).inner
-    return ring, entries * (2 if padded else 1)
+    return ring, k_tiles(problem, c) * c.block_k * (2 if padded else 1)
 
 
 def lanes_of_m(c: Config, problem: ConvProblem) -> int | None:
@@ -82,16 +96,16 @@ def lanes_of_m(c: Config, problem: ConvProblem) -> int | None:
     return None
 
 
-def prepare(problem: ConvProblem, config: Config):
-    """The filter in window order, a tile of it one contiguous run. Runs once."""
+def prepare(problem: ConvProblem, config: Config, explicit: bool):
+    """The filter in the order of K, a tile of it one contiguous run. Runs once."""
     w = te.placeholder(problem.weight_shape, problem.dtype, name="w")
-    axes = k_axes(problem, config.block_k, config.taps)
+    axes = reduction(problem, config, explicit)
     return elementwise([w, pack_filter(w, problem, config.block_m, axes)], "packed")
 
 
 def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, explicit: bool):
     """x (or I'), packed filter (and bias, residual) -> y."""
-    c, sizes, axes = config, gemm_sizes(problem), k_axes(problem, config.block_k, config.taps)
+    c, sizes, axes = config, gemm_sizes(problem), reduction(problem, config, explicit)
     batch, groups, last = problem.batch, problem.groups, problem.channels_last
     channels, per_group, out_channels = problem.in_channels // groups, sizes.m, problem.out_channels
     (height, width), (rows, columns) = problem.input_size, problem.output_size
@@ -123,7 +137,6 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, explicit:
     STAGE = BK * (BM + PITCH)
     M_TILES, P_TILES = -(-per_group // BM), -(-sizes.p // BP)
     K_TILES = k_tiles(problem, c)
-    TAP_TILES = axes.inner // BK  # tiles of one tap
     RING, TABLE = shared_words(c, problem, padded)
     ENTRIES = axes.inner
     TAIL = axes.outer * axes.inner > problem.k
@@ -142,6 +155,16 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, explicit:
     # Otherwise words are stored one by one. SPREAD: so that neighbouring lanes still store
     # neighbouring pixels, a lane's vector then holds every LP-th pixel of RUN.
     SPREAD, RUN = not last and not WHOLE, LP * VECTOR
+
+    def distance(e):
+        """Of element `e` of a window from the first one, in the source."""
+        ch, v, u, _ = window_position(problem, axes, 0, e)
+        return ch * in_c + u * tap_row + v * tap_column
+
+    def offset(e):
+        """Row and column of element `e` in the window, in one word."""
+        _, v, u, _ = window_position(problem, axes, 0, e)
+        return u * dh * 65536 + v * dw
 
     def word(p):
         """Where a row of the window tile has pixel `p` of the tile."""
@@ -211,16 +234,11 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, explicit:
             for step in T.serial(-(-ENTRIES // THREADS)):
                 e: T.let = step * THREADS + thread
                 if e < ENTRIES:
-                    ch: T.let = e % channels if last else e // (hf * wf)
-                    tap: T.let = e // channels if last else e % (hf * wf)
-                    u: T.let = tap % hf
-                    v: T.let = tap // hf
-                    table[e] = T.if_then_else(
-                        e < problem.k, ch * in_c + u * tap_row + v * tap_column, -1)
+                    table[e] = T.if_then_else(e < problem.k, distance(e), -1)
                     if padded:
                         # A row beyond every input marks the entries behind the window's end.
                         table[ENTRIES + e] = T.if_then_else(
-                            e < problem.k, u * dh * 65536 + v * dw, MAX_TABLE_SIZE * 65536 - 65536)
+                            e < problem.k, offset(e), MAX_TABLE_SIZE * 65536 - 65536)
             T.cuda.cta_sync()
 
         # 4. Copies of the next tile into the next stage, then one step on.
@@ -229,10 +247,10 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, explicit:
         k_next: T.int32 = k_begin
         filter_next: T.int32 = (((group * M_TILES + m_tile) * K_TILES + k_begin) * (BK * BM)
                                 + thread * VECTOR)
-        tap_u: T.int32 = k_begin // TAP_TILES % hf
-        tap_v: T.int32 = k_begin // TAP_TILES // hf
-        tap_tile: T.int32 = k_begin % TAP_TILES
-        window_next: T.int32 = tap_u * tap_row + tap_v * tap_column + tap_tile * (BK * in_c)
+        tap_v: T.int32 = k_begin % wf
+        tap_u: T.int32 = k_begin % (hf * wf) // wf
+        window_next: T.int32 = (
+            k_begin // (hf * wf) * (BK * in_c) + tap_u * tap_row + tap_v * tap_column)
         stage_in: T.int32 = 0
 
         @T.inline
@@ -291,16 +309,15 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, explicit:
                 k_next = k_next + 1
                 stage_in = T.if_then_else(stage_in == (STAGES - 1) * STAGE, 0, stage_in + STAGE)
                 if c.taps:
-                    window_next = window_next + BK * in_c
-                    tap_tile = tap_tile + 1
-                    if tap_tile == TAP_TILES:
-                        tap_tile = 0
+                    tap_v = tap_v + 1
+                    window_next = window_next + tap_column
+                    if tap_v == wf:
+                        tap_v = 0
                         tap_u = tap_u + 1
-                        window_next = window_next + (tap_row - channels * in_c)
+                        window_next = window_next + (tap_row - wf * tap_column)
                         if tap_u == hf:
                             tap_u = 0
-                            tap_v = tap_v + 1
-                            window_next = window_next + (tap_column - hf * tap_row)
+                            window_next = window_next + (BK * in_c - hf * tap_row)
             # Empty groups at the end keep the count that wait_group relies on.
             T.ptx["cp.async.commit_group"]()
 

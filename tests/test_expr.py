@@ -150,12 +150,31 @@ def test_filter_window(problem):
     np.testing.assert_array_equal(actual, filtered(values, problem))
 
 
-def position(problem, taps, c, v, u):
-    """Where tap (v, u) of channel c stands on the two axes of K."""
+ORDERS = ("window", "rows", "taps", "blocks")
+
+
+def positions(problem, axes):
+    """(c, v, u) -> where that tap of that channel stands on the two axes of K, by walking them."""
     (hf, wf), channels = problem.kernel_size, problem.in_channels // problem.groups
-    if taps:
-        return v * hf + u, c
-    return 0, (v * hf + u) * channels + c if problem.channels_last else (c * wf + v) * hf + u
+    c, v, u = range(channels), range(wf), range(hf)
+    if axes.order == "taps":
+        return {(i, j, k): (j * hf + k, i) for i, j, k in product(c, v, u)}
+    if axes.order == "blocks":
+        starts = range(0, channels, axes.inner)
+        walk = product(starts, u, v)  # one outer step each
+        return {
+            (start + i, j, k): (outer, i)
+            for outer, (start, k, j) in enumerate(walk)
+            for i in range(min(axes.inner, channels - start))
+        }
+    if axes.order == "rows":
+        nchw = ((i, j, k) for i, k, j in product(c, u, v))
+        nhwc = ((i, j, k) for k, j, i in product(u, v, c))
+    else:
+        nchw = product(c, v, u)
+        nhwc = ((i, j, k) for j, k, i in product(v, u, c))
+    walk = nhwc if problem.channels_last else nchw
+    return {tap: (0, inner) for inner, tap in enumerate(walk)}
 
 
 def every_tap(problem):
@@ -163,28 +182,39 @@ def every_tap(problem):
 
 
 @pytest.mark.parametrize(
-    ("multiple", "taps", "expected"), [(1, False, (1, 60)), (8, False, (1, 64)), (8, True, (15, 8))]
+    ("multiple", "order", "expected"),
+    [
+        (1, "window", (1, 60)),
+        (8, "window", (1, 64)),
+        (8, "rows", (1, 64)),
+        (8, "taps", (15, 8)),
+        (3, "taps", (15, 6)),
+        (8, "blocks", (15, 8)),
+        (3, "blocks", (30, 3)),
+    ],
 )
-def test_k_axes(multiple, taps, expected):
+def test_k_axes(multiple, order, expected):
     problem = ConvProblem(1, 8, (9, 9), 2, (5, 3), groups=2)  # K = 4 * 5 * 3
-    assert expr.k_axes(problem, multiple, taps) == (*expected, taps)
+    assert expr.k_axes(problem, multiple, order) == (*expected, order)
 
 
 @every_problem
-@pytest.mark.parametrize("taps", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("block", "multiple"), [(1, 1), (2, 7), (8, 16)])
-def test_pack_filter(problem, block, multiple, taps):
+def test_pack_filter(problem, block, multiple, order):
     w = te.placeholder(problem.weight_shape, "float16")
     values = random(problem.weight_shape, "float16")
-    axes = expr.k_axes(problem, multiple, taps)
+    axes = expr.k_axes(problem, multiple, order)
     half = problem.replace(dtype="float16")
     actual = evaluate([w], expr.pack_filter(w, half, block, axes, dtype="float32"), [values])
     per_group = problem.out_channels // problem.groups
     blocks = -(-per_group // block)
     expected = np.zeros((problem.groups, blocks, axes.outer, axes.inner, block), np.float32)
+    places = positions(problem, axes)
+    assert len(set(places.values())) == problem.k
     for o, (c, v, u) in product(range(problem.out_channels), every_tap(problem)):
         g, within = divmod(o, per_group)
-        outer, inner = position(problem, taps, c, v, u)
+        outer, inner = places[c, v, u]
         expected[g, within // block, outer, inner, within % block] = values[o, c, u, v]
     np.testing.assert_array_equal(actual, expected)
 
@@ -231,9 +261,9 @@ def test_convolution_blocked(problem):
 
 
 @every_problem
-@pytest.mark.parametrize("taps", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("ragged", [False, True])
-def test_window(problem, ragged, taps):
+def test_window(problem, ragged, order):
     """The windows of I' as columns; K and P are rounded up with zeros."""
     iw, values = window_tensors(problem)
     sizes = expr.gemm_sizes(problem)
@@ -244,18 +274,18 @@ def test_window(problem, ragged, taps):
         problem.k,
         problem.batch * height * width,
     )
-    axes, p_padded = expr.k_axes(problem, 5 if ragged else 1, taps), sizes.p + 3 * ragged
+    axes, p_padded = expr.k_axes(problem, 5 if ragged else 1, order), sizes.p + 3 * ragged
     actual = evaluate([iw], expr.window(iw, problem, axes, p_padded), [values])
     (hf, _), (_, sw), (_, dw) = problem.kernel_size, problem.stride, problem.dilation
     channels = problem.in_channels // problem.groups
+    places = positions(problem, axes)
     expected = np.zeros((problem.groups, axes.outer, axes.inner, p_padded), np.float32)
     for g, (c, v, u) in product(range(problem.groups), every_tap(problem)):
         for q in range(width):
             run = (q * sw + v * dw) * hf + u
             at = g * channels + c
             seen = values[:, :, run, at] if problem.channels_last else values[:, at, :, run]
-            at_k = position(problem, taps, c, v, u)
-            expected[(g, *at_k, slice(q, sizes.p, width))] = seen.reshape(-1)
+            expected[(g, *places[c, v, u], slice(q, sizes.p, width))] = seen.reshape(-1)
     np.testing.assert_array_equal(actual, expected)
 
 

@@ -17,7 +17,7 @@ from .convolution import (
     window_offsets,
 )
 from .epilogue import finish, output
-from .filter import KAxes, filter_window, k_axes, pack_filter
+from .filter import KAxes, filter_window, k_axes, pack_filter, window_position
 from .graph import Arguments, arguments, graph
 from .store import Place, tiled_function
 from .transform import transform, window_columns
@@ -43,4 +43,5 @@ __all__ = [
     "window_by_offset",
     "window_columns",
     "window_offsets",
+    "window_position",
 ]

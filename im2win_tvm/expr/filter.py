@@ -1,5 +1,6 @@
 """The filter in window order, plain (the paper's F') and packed for a kernel's inner loop."""
 
+import math
 from typing import NamedTuple
 
 from tvm import te, tirx
@@ -10,33 +11,45 @@ from ..problem import ConvProblem
 class KAxes(NamedTuple):
     """The order of a kernel's reduction over a window, as two axes ``[outer, inner]``.
 
-    taps False: one outer step, and inside it the window as it lies in I' (NCHW: (c, v, u), NHWC:
-    (v, u, c)). taps True: one outer step for each tap (v, u), and inside it its channels. The
-    inner axis may be longer than what it holds; the rest is zero.
+    "window": one outer step, and inside it the window as it lies in I' (NCHW: (c, v, u), NHWC:
+    (v, u, c)). "rows": the same as it lies in the input (NCHW: (c, u, v), NHWC: (u, v, c)).
+    "taps": one outer step for each tap (v, u), and inside it its channels. "blocks": `inner`
+    channels of one tap, then of the next tap in the input's order (u, v), and after all taps the
+    next channels. The inner axis may be longer than what it holds; the rest is zero.
     """
 
     outer: int
     inner: int
-    taps: bool
+    order: str
 
 
-def k_axes(problem: ConvProblem, multiple: int = 1, taps: bool = False) -> KAxes:
-    """The axes for this problem, the inner one rounded up to a multiple."""
-    outer = problem.kernel_size[0] * problem.kernel_size[1] if taps else 1
-    return KAxes(outer, -(-problem.k // outer // multiple) * multiple, taps)
+def k_axes(problem: ConvProblem, multiple: int = 1, order: str = "window") -> KAxes:
+    """The axes for this problem, the inner one rounded up to a multiple ("blocks": equal to it)."""
+    taps = math.prod(problem.kernel_size)
+    if order == "blocks":
+        return KAxes(-(-problem.k // taps // multiple) * taps, multiple, order)
+    outer = taps if order == "taps" else 1
+    return KAxes(outer, -(-problem.k // outer // multiple) * multiple, order)
 
 
 def window_position(problem: ConvProblem, axes: KAxes, a, b):
     """Decode ``[a, b]``: channel within the group, column v, row u, and conditions to be inside."""
     hf, wf = problem.kernel_size
-    channels = problem.in_channels // problem.groups
+    channels, taps = problem.in_channels // problem.groups, hf * wf
+    if axes.order == "blocks":
+        c = a // taps * axes.inner + b
+        inside = [c < channels] if channels % axes.inner else []
+        return c, a % wf, a % taps // wf, inside
     held = problem.k // axes.outer
     inside = [b < held] if axes.inner > held else []
-    if axes.taps:
+    if axes.order == "taps":
         return b, a // hf, a % hf, inside
     if problem.channels_last:
-        return b % channels, b // (channels * hf), b // channels % hf, inside
-    return b // (hf * wf), b % (hf * wf) // hf, b % hf, inside
+        c, tap = b % channels, b // channels
+    else:
+        c, tap = b // taps, b % taps
+    v, u = (tap % wf, tap // wf) if axes.order == "rows" else (tap // hf, tap % hf)
+    return c, v, u, inside
 
 
 def filter_window(w: te.Tensor, problem: ConvProblem) -> te.Tensor:
