@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from tvm import ir, tirx
 
-from .expressions import Code, Expressions
+from .expressions import Expressions
 from .pointers import Pointer
+from .values import Code
 
 
 class Accesses(Expressions):

@@ -10,39 +10,11 @@ from typing import Any
 import numpy as np
 from tvm import ir, tirx
 
-from .arrays import Array, numpy_type, scalar
+from .arrays import Array, scalar
 from .errors import SimulationError, Site
-from .machine import Machine, Mask
-
-Code = Callable[[Mask], Any]
-
-
-def dtype_of(expression: Any) -> np.dtype:
-    """NumPy's type of an expression's elements."""
-    kind = expression.ty
-    return numpy_type(str(kind.dtype) if isinstance(kind, ir.PrimType) else "int64")[0]
-
-
-def wrapped(dtype: np.dtype) -> Callable[[int], int]:
-    """Reduces a Python integer to the values of a type, as C's arithmetic on it does."""
-    span = 1 << 8 * dtype.itemsize
-    low = -(span >> 1) if dtype.kind == "i" else 0
-    high = low + span
-    return lambda value: value if low <= value < high else (value - low) % span + low
-
-
-def cast(dtype: np.dtype) -> Callable[[Any], Any]:
-    """Converts a value to a type, as C does."""
-    if dtype.kind in "iu":
-        wrap = wrapped(dtype)
-
-        def integer(value):
-            return value.astype(dtype) if type(value) is np.ndarray else wrap(int(value))
-
-        return integer
-    if dtype.kind == "b":
-        return lambda value: value != 0 if type(value) is np.ndarray else bool(value)
-    return lambda value: value.astype(dtype) if type(value) is np.ndarray else dtype.type(value)
+from .intrinsics import INTRINSICS
+from .machine import Machine
+from .values import Code, cast, dtype_of, wrapped
 
 
 def choose(condition: np.ndarray, true: Any, false: Any, dtype: np.dtype):
@@ -314,8 +286,6 @@ class Expressions:
         return code
 
     def _call(self, node):
-        from .intrinsics import INTRINSICS
-
         if not isinstance(node.op, ir.Op):
             raise SimulationError(f"call of {node.op} is not simulated")
         make = INTRINSICS.get(node.op.name)

@@ -13,8 +13,8 @@ from tvm import ir
 
 from .arrays import numpy_type
 from .errors import SimulationError
-from .expressions import Code, cast, dtype_of
 from .launch import WARP
+from .values import Code, cast, dtype_of
 
 Maker = Callable[[Any, Any], Code]
 INTRINSICS: dict[str, Maker] = {}

@@ -11,9 +11,9 @@ import numpy as np
 from tvm.backend.cuda.ptx.table import TABLE, mods, operand_layout
 
 from .errors import SimulationError
-from .expressions import Code, cast, dtype_of
 from .intrinsics import INTRINSICS, fused
 from .memory import SHARED, WINDOW
+from .values import Code, cast, dtype_of
 
 
 class Instruction(NamedTuple):

@@ -11,9 +11,9 @@ from .access import Accesses
 from .arrays import Array, Registers, numpy_type
 from .banks import Banks
 from .errors import SimulationError, Site
-from .expressions import Code
 from .layout import array_of, calls, nodes, scope
 from .pointers import Pointer
+from .values import Code
 
 
 class _Frame:
