@@ -80,9 +80,11 @@ class Kernel:
     def _origin(self) -> tuple:
         """What two kernels must share for one's prepared weights to fit the other.
 
-        The packed shape tells the blocking and the axes of K, the layout their order.
+        The packed shape tells the blocking and the axes of K. Their order is the schedule's own and
+        depends on the layout: shapes of different orders may be equal.
         """
         return (
+            self.metadata["schedule"]["name"],
             self._expected["packed"],
             self.problem.weight_shape,
             self.problem.groups,

@@ -5,14 +5,21 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 from problems import DTYPES, LAYOUTS
 
 import im2win_tvm
-from im2win_tvm import ArgumentError, reference, tensors
+from im2win_tvm import ArgumentError, compiler, reference, tensors, toolchain
+from im2win_tvm.epilogue import NONE
+from im2win_tvm.kernel import Kernel
+from im2win_tvm.lower import lower
 from im2win_tvm.problem import ConvProblem
+from im2win_tvm.schedules.cuda_simt_async_kernel import Config
+from im2win_tvm.select import select
+from im2win_tvm.target import CudaTarget
 
 PROBLEM = ConvProblem(2, 3, (9, 11), 5, (3, 2), (2, 1), ((1, 0), (2, 1)))
 FULL = dict(bias=True, residual=True, activation="relu")
@@ -279,6 +286,21 @@ def test_weights_prepared_in_other_blocks_are_refused():
     other = im2win_tvm.compile(PROBLEM, "llvm", config=config)
     with pytest.raises(ArgumentError, match=r"^w: prepared by a kernel with another config"):
         call(kernel, made, w=other.prepare(made.w))
+
+
+def test_weights_prepared_in_another_order_of_k_are_refused(monkeypatch):
+    """Equal shapes tell nothing: I' and the input differ in which of a window's elements are
+    neighbours. CUDA kernels are described here, and neither compiled nor run."""
+    monkeypatch.setattr(toolchain, "nvcc_version", lambda: "13.0")
+    target, config, made = CudaTarget("sm_90"), Config(16, 32, 9, 4, 4, taps=False), []
+    for name in ("cuda_simt_async", "cuda_simt_async_explicit"):
+        choice = select(PROBLEM, target, name, config)
+        module = lower(choice.schedule.build(PROBLEM, choice.config, target))
+        metadata = compiler.describe(PROBLEM, target, choice, NONE, module)
+        made.append(Kernel(Path("none.so"), metadata))
+    one, other = made
+    assert one.metadata["arguments"]["packed"] == other.metadata["arguments"]["packed"]
+    assert one._origin != other._origin
 
 
 def test_threads_share_a_kernel():
