@@ -5,6 +5,7 @@ machine can repeat.
 """
 
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -31,6 +32,8 @@ def pytest_configure(config):
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
     config.stash[STARTED] = time.time()
+    # Records of the developer's own would decide what is compiled where a test names nothing.
+    os.environ.pop("IM2WIN_TUNING_LOGS", None)
 
 
 def pytest_collection_modifyitems(config, items):
