@@ -42,6 +42,10 @@ class Schedule(ABC):
     def default(self, problem: ConvProblem, target: Target) -> Any:
         """The heuristic's configuration."""
 
+    def estimate(self, problem: ConvProblem, config: Any, target: Target) -> float | None:
+        """The cost of a valid configuration by a model, to rank it by; None: there is no model."""
+        return None
+
     @abstractmethod
     def schedule(self, problem: ConvProblem, config: Any, target: Target, epilogue: Epilogue):
         """The `tvm.IRModule`; called by `build` with what has passed `supports` and `check`."""

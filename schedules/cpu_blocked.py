@@ -107,9 +107,11 @@ class CpuBlocked(Schedule):
                             yield config
 
     def default(self, problem: ConvProblem, target: CpuTarget) -> Config:
-        return min(
-            self.configs(problem, target), key=lambda c: estimated_cycles(c, problem, target)
-        )
+        configs = self.configs(problem, target)
+        return min(configs, key=lambda c: self.estimate(problem, c, target))
+
+    def estimate(self, problem: ConvProblem, config: Config, target: CpuTarget) -> float:
+        return estimated_cycles(config, problem, target)
 
     def scratch_bytes(self, problem, config, target):
         channels = problem.in_channels // problem.groups

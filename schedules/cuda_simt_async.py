@@ -139,9 +139,12 @@ class CudaSimtAsync(Schedule):
         channels = problem.in_channels // problem.groups
         return min(
             self._configs(problem, target, (3,), (channels % 8 == 0,)),
-            key=lambda config: estimated_cycles(config, problem, target),
+            key=lambda config: self.estimate(problem, config, target),
             default=_smallest(problem),
         )
+
+    def estimate(self, problem: ConvProblem, config: Config, target: CudaTarget) -> float:
+        return estimated_cycles(config, problem, target)
 
     def _padded(self, problem: ConvProblem) -> bool:
         """Whether windows reach beyond what the kernel reads."""

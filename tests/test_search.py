@@ -2,9 +2,9 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
-from im2win_tvm.tuning.search import Listed, RandomThenClimb, Trial, neighbours, search
+from im2win_tvm.tuning.search import Listed, RandomThenClimb, Trial, neighbours, search, spread
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def _measure(configs):
 
 
 def _found(seed, explore, most=120, batch=4):
-    proposer = RandomThenClimb(GRID[0], GRID, explore, seed)
+    proposer = RandomThenClimb([GRID[0]], GRID, explore, seed)
     return min(search(proposer, _measure, most, batch), key=lambda trial: trial.time_us).config
 
 
@@ -44,24 +44,44 @@ def test_the_search_finds_the_lowest_point():
     assert [_found(seed, 120) for seed in range(8)].count(BEST) <= 3
 
 
-def test_proposals_are_new_reproducible_and_begin_with_the_known_one():
-    runs = [search(RandomThenClimb(GRID[5], GRID, 20, 3), _measure, 60, 7) for _ in range(2)]
+def test_proposals_are_new_reproducible_and_begin_with_the_known_ones():
+    known = [GRID[5], GRID[700], GRID[5], GRID[99]]
+    runs = [search(RandomThenClimb(known, GRID, 20, 3), _measure, 60, 7) for _ in range(2)]
     assert runs[0] == runs[1]
     configs = [trial.config for trial in runs[0]]
-    assert configs[0] == GRID[5]
+    assert configs[:3] == [GRID[5], GRID[700], GRID[99]]
     assert len(set(configs)) == 60
-    other = search(RandomThenClimb(GRID[5], GRID, 20, 4), _measure, 60, 7)
-    assert [trial.config for trial in other][1:20] != configs[1:20]
+    other = search(RandomThenClimb(known, GRID, 20, 4), _measure, 60, 7)
+    assert [trial.config for trial in other][3:20] != configs[3:20]
+
+
+def test_what_a_model_ranks_first_is_spread():
+    ranked = sorted(GRID, key=cost)
+    taken = spread(ranked, 5)
+    assert taken[0] == BEST
+    assert taken == sorted(taken, key=cost)
+    for one, other in itertools.combinations(taken, 2):
+        assert sum(x != y for x, y in zip(astuple(one), astuple(other), strict=True)) >= 2
+    # Nothing better was left out for no reason: each is near one that was taken.
+    worst = ranked.index(taken[-1])
+    for point in set(ranked[:worst]) - set(taken):
+        assert any(point in _near(one) for one in taken)
+    assert spread(GRID[:2], 5) == GRID[:1]
+
+
+def _near(point):
+    """All that differ from a point in one field."""
+    return [p for p in GRID if sum(map(int.__ne__, astuple(p), astuple(point))) == 1]
 
 
 def test_the_search_ends_with_the_configurations():
-    proposer = RandomThenClimb(GRID[0], GRID[:9], 3)
+    proposer = RandomThenClimb([GRID[0]], GRID[:9], 3)
     assert {trial.config for trial in search(proposer, _measure, 100, 4)} == set(GRID[:9])
 
 
 def test_failed_trials_are_not_climbed_from():
     """With nothing right, only chance is left, and the search goes on."""
-    proposer = RandomThenClimb(GRID[0], GRID, 2)
+    proposer = RandomThenClimb([GRID[0]], GRID, 2)
     done = search(proposer, lambda configs: [Trial(c, math.inf) for c in configs], 30, 5)
     assert len({trial.config for trial in done}) == 30
 

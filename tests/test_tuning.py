@@ -256,7 +256,7 @@ def test_schedules_of_a_gpu_meet_in_one_last_round(place, monkeypatch):
     for name in names:
         schedule = SCHEDULES[name]
         default, configs = schedule.default(PROBLEM, H100), schedule.configs(PROBLEM, H100)
-        proposers[name] = RandomThenClimb(default, configs, 10)
+        proposers[name] = RandomThenClimb([default], configs, 10)
     with session.Session(H100, place, jobs=4) as running:
         running.tune(PROBLEM, proposers, 20)
     assert rounds[:-1] == [["cuda_simt"]] * 20 + [["cuda_simt_explicit"]] * 20

@@ -97,9 +97,10 @@ def tune(
 ) -> None:
     """Search the fastest configurations of problems on this device, and record them.
 
-    The heuristic's configuration first, then random ones, then neighbours of the fastest. Every
-    output is checked; the fastest are measured again as `im2win bench` does. Ctrl-C keeps what was
-    measured. Exits with 1 if an output was wrong, or a schedule had no right one.
+    The heuristic's configuration first, then those that a schedule's model ranks first, random
+    ones, and neighbours of the fastest. Every output is checked; the fastest are measured again as
+    `im2win bench` does. Ctrl-C keeps what was measured. Exits with 1 if an output was wrong, or a
+    schedule had no right one.
     """
     from ..target import resolve
     from ..tuning import lookup
@@ -204,12 +205,16 @@ def _supporting(problems: list[ConvProblem], target: Target, schedule: str | Non
 
 def _search_of(problem: ConvProblem, name: str, target: Target, trials: int, seed: int) -> Proposer:
     from ..schedules import SCHEDULES
-    from ..tuning.search import RandomThenClimb
+    from ..tuning.search import RandomThenClimb, spread
 
     schedule = SCHEDULES[name]
-    default, configs = schedule.default(problem, target), schedule.configs(problem, target)
-    # Half of the trials look around, the other half climb.
-    return RandomThenClimb(default, configs, -(-trials // 2), seed)
+    configs = list(schedule.configs(problem, target))
+    first, explore = [schedule.default(problem, target)], -(-trials // 2)
+    cost = {config: schedule.estimate(problem, config, target) for config in configs}
+    if None not in cost.values():
+        first += spread(sorted(configs, key=cost.__getitem__), explore // 2)
+    # Half of the trials look around, half of these where a model points; the other half climb.
+    return RandomThenClimb(first, configs, explore, seed)
 
 
 _Recorded = dict[tuple["ConvProblem", str], list[Any]]

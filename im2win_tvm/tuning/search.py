@@ -8,12 +8,13 @@ The interface is one method, so that a model can take the place of chance:
 from __future__ import annotations
 
 import math
+import operator
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-__all__ = ["Listed", "Proposer", "RandomThenClimb", "Trial", "neighbours", "search"]
+__all__ = ["Listed", "Proposer", "RandomThenClimb", "Trial", "neighbours", "search", "spread"]
 
 # Configurations whose neighbours are tried: more of them against local optima, fewer for depth.
 FEW = 3
@@ -46,18 +47,22 @@ class Listed:
 
 
 class RandomThenClimb:
-    """One known configuration, random ones, then neighbours of the fastest few.
+    """Known configurations, random ones, then neighbours of the fastest few.
 
-    first: proposed before all others (the heuristic's). configs: all valid ones. explore: how
-    many are proposed before climbing begins. The same seed and times give the same proposals.
+    first: proposed before all others (the heuristic's, and what a model ranks first). configs: all
+    valid ones. explore: how many are proposed before climbing begins. The same seed and times give
+    the same proposals.
     """
 
-    def __init__(self, first: Any, configs: Iterable[Any], explore: int, seed: int = 0) -> None:
-        self._configs = list(dict.fromkeys([first, *configs]))
+    def __init__(
+        self, first: Sequence[Any], configs: Iterable[Any], explore: int, seed: int = 0
+    ) -> None:
+        first = list(dict.fromkeys(first))
+        self._configs = list(dict.fromkeys([*first, *configs]))
         self._chance = random.Random(seed)
-        rest = self._configs[1:]
+        rest = self._configs[len(first) :]
         self._chance.shuffle(rest)
-        self._random = iter([first, *rest])
+        self._random = iter([*first, *rest])
         self._explore = explore
         self._proposed: set[Any] = set()
         self._near: dict[Any, list[Any]] = {}
@@ -90,6 +95,19 @@ class RandomThenClimb:
 
     def _new(self, config: Any) -> bool:
         return config not in self._proposed
+
+
+def spread(ranked: Iterable[Any], count: int) -> list[Any]:
+    """The first `count` that differ from all taken before in two fields or more."""
+    taken: list[Any] = []
+    for config in ranked:
+        if len(taken) == count:
+            break
+        names = [entry.name for entry in fields(config)]
+        here = _values(config, names)
+        if all(sum(map(operator.ne, here, _values(other, names))) > 1 for other in taken):
+            taken.append(config)
+    return taken
 
 
 def neighbours(config: Any, configs: Iterable[Any]) -> list[Any]:
