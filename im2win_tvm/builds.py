@@ -109,7 +109,8 @@ class Builder:
                 yield self._built(waiting)
         finally:
             for entry in waiting:
-                entry.future.cancel()
+                if entry.future is not None:  # Ctrl-C may come before it is submitted
+                    entry.future.cancel()
 
     def _built(self, waiting: deque[_Waiting]) -> Kernel | Exception:
         """The first kernel of those waiting, or its error."""

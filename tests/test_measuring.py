@@ -100,6 +100,16 @@ def test_a_builder_outlives_a_build_that_ends_its_process():
     assert kernel.problem == PROBLEM
 
 
+def test_an_interrupt_before_a_build_is_submitted_arrives_as_such(monkeypatch):
+    def interrupted(self, pool):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(builds._Waiting, "submit", interrupted)
+    with builds.Builder(2) as builder:
+        with pytest.raises(KeyboardInterrupt):
+            list(builder.build([builds.Request(PROBLEM, CPU)]))
+
+
 def test_a_builder_keeps_its_processes():
     with builds.Builder(2) as builder:
         pools = []
