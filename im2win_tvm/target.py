@@ -86,6 +86,13 @@ class CudaTarget:
         return {80: 108, 86: 82, 89: 128, 90: 132, 100: 148}.get(self.capability, 108)
 
     @property
+    def threads_per_multiprocessor(self) -> int:
+        """CUDA C++ Programming Guide, compute capabilities."""
+        return {75: 1024, 86: 1536, 87: 1536, 89: 1536, 120: 1536, 121: 1536}.get(
+            self.capability, 2048
+        )
+
+    @property
     def shared_bytes_per_multiprocessor(self) -> int:
         """Shared memory that the blocks of a multiprocessor divide, 1 KiB each for the system.
 

@@ -123,6 +123,9 @@ class CudaSimt(Schedule):
             allowed = target.shared_bytes
             return f"block_k={c.block_k}: {taken} bytes of shared memory, {allowed} allowed"
         sizes = gemm_sizes(problem)
+        axes = _axes(problem, c)
+        if sizes.groups * _rounded_m(problem, c) * axes.outer * axes.inner >= 2**31:
+            return f"block_m={c.block_m}: in whole tiles the filter has 2**31 elements or more"
         if sizes.groups > MAX_GRID_YZ or -(-sizes.m // c.block_m) > MAX_GRID_YZ:
             return f"block_m={c.block_m}: more than {MAX_GRID_YZ} blocks along y or z"
         return None
@@ -194,7 +197,7 @@ class CudaSimt(Schedule):
             reason = f"groups={problem.groups}: {self.name} takes up to {MAX_GRID_YZ}"
         if reason is None and self.explicit and im2win_elements(problem) >= 2**31:
             reason = f"input_shape={problem.input_shape}: I' has 2**31 elements or more"
-        return reason
+        return reason or self.check(self.default(problem, target), problem, target)
 
     def schedule(self, problem, config, target, epilogue):
         module = {PREPARE: prepare(problem, config)}

@@ -6,8 +6,8 @@ the schedule of `cuda_simt` cannot say, and this kernel can (sm_80 and later):
 * cp.async copies straight from global to shared memory, several tiles ahead, through no register.
   A ring of `stages` tiles needs one barrier a tile.
 * A pixel is decoded once a block, into the offset of its window. The window's elements lie at
-  constant distances from there: in the order of taps they advance by additions; otherwise the
-  distances wait in a table in shared memory.
+  constant distances from there: over blocks of channels of one tap they advance by additions;
+  otherwise the distances wait in a table in shared memory.
 * `split` blocks of a cluster (sm_90) share the K of one tile and add their sums through each
   other's shared memory: a small output fills the multiprocessors, without a workspace.
 
@@ -16,6 +16,7 @@ whole rows of 128 bytes or broadcasts, and its stores to the output are whole se
 """
 
 import itertools
+import math
 from dataclasses import replace
 
 from tvm.ir import IRModule
@@ -33,13 +34,18 @@ from .cuda_simt_async_kernel import (
     convolve,
     k_tiles,
     lanes_of_m,
+    packed_elements,
     prepare,
     shared_words,
 )
 
+# Offsets are 32 bits wide, and a few tiles beyond the last pixel have to fit as well; TVM's
+# simplifier multiplies pixels by the words of a vector.
+MAX_ELEMENTS, MAX_PIXELS = 2**31, 2**29
 # Registers of a multiprocessor (CUDA C++ Programming Guide, compute capabilities).
 REGISTERS = 65536
-# Bytes that one multiprocessor gets from the L2 cache in a cycle, about.
+# Bytes that one multiprocessor gets from the L2 cache in a cycle: a guess, as are the numbers of
+# `estimated_cycles`. Neither was fitted to measurements yet.
 L2_BYTES_PER_CYCLE = 32
 # CUDA C++ Programming Guide, cluster size that every device takes.
 MAX_SPLIT = 8
@@ -63,9 +69,20 @@ class CudaSimtAsync(Schedule):
             reason = f"dtype={problem.dtype}: {self.name} takes float32"
         if reason is None and target.capability < 80:
             reason = f"arch={target.arch}: {self.name} takes sm_80 and later, for cp.async"
-        if reason is None and self.explicit and im2win_elements(problem) >= 2**31:
+        if reason is None and self.explicit and im2win_elements(problem) >= MAX_ELEMENTS:
             reason = f"input_shape={problem.input_shape}: I' has 2**31 elements or more"
-        return reason or self.check(_smallest(problem), problem, target)
+        if reason is None and _padded_elements(problem) >= MAX_ELEMENTS:
+            reason = f"padding={problem.padding}: with it the input has 2**31 elements or more"
+        if reason is None and gemm_sizes(problem).p >= MAX_PIXELS:
+            reason = f"output_shape={problem.output_shape}: {self.name} takes below 2**29 pixels"
+        smallest = _smallest(problem)
+        table = 4 * shared_words(smallest, problem, self._padded(problem))[1]
+        if reason is None and table > target.shared_bytes_per_multiprocessor // 2:
+            reason = (
+                f"in_channels/groups={problem.in_channels // problem.groups}: a table of "
+                f"{problem.k} window elements is beyond shared memory; multiples of 8 need none"
+            )
+        return reason or self.check(smallest, problem, target)
 
     def check(self, config: Config, problem: ConvProblem, target: CudaTarget) -> str | None:
         c = config
@@ -103,8 +120,9 @@ class CudaSimtAsync(Schedule):
             return f"split={c.split}: clusters need sm_90, the target is {target.arch}"
         if c.split > min(MAX_SPLIT, k_tiles(problem, c)):
             return f"split={c.split}: allowed are 1 to {min(MAX_SPLIT, k_tiles(problem, c))}"
-        if c.blocks * c.threads > 2048:
-            return f"blocks={c.blocks}: a multiprocessor takes 2048 threads"
+        allowed = target.threads_per_multiprocessor
+        if c.blocks * c.threads > allowed:
+            return f"blocks={c.blocks}: a multiprocessor takes {allowed} threads"
         if c.blocks * c.threads * registers(c) > REGISTERS:
             return (
                 f"blocks={c.blocks}: {c.blocks} times {c.threads} threads of {registers(c)} "
@@ -114,6 +132,8 @@ class CudaSimtAsync(Schedule):
         if c.blocks * (taken + 1024) > target.shared_bytes_per_multiprocessor:
             allowed = target.shared_bytes_per_multiprocessor
             return f"stages={c.stages}: {c.blocks} times {taken} bytes of {allowed}, shared memory"
+        if packed_elements(problem, c) >= MAX_ELEMENTS:
+            return f"block_m={c.block_m}: in whole tiles the filter has 2**31 elements or more"
         return None
 
     def configs(self, problem: ConvProblem, target: CudaTarget):
@@ -158,6 +178,11 @@ class CudaSimtAsync(Schedule):
         return IRModule(module)
 
 
+def _padded_elements(problem: ConvProblem) -> int:
+    padded = (n + sum(pads) for n, pads in zip(problem.input_size, problem.padding, strict=True))
+    return problem.batch * problem.in_channels * math.prod(padded)
+
+
 def _smallest(problem: ConvProblem) -> Config:
     taps = problem.in_channels // problem.groups % 8 == 0
     return Config(16, 32, 8, 4, 4, stages=2, taps=taps)
@@ -180,7 +205,7 @@ def resident_blocks(c: Config, problem: ConvProblem, target: CudaTarget, padded:
         min(
             REGISTERS // (registers(c) * c.threads),
             target.shared_bytes_per_multiprocessor // taken,
-            2048 // c.threads,
+            target.threads_per_multiprocessor // c.threads,
         ),
     )
 

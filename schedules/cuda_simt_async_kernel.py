@@ -42,8 +42,8 @@ class Config:
     block_m, block_p, block_k: output channels, output pixels and window elements of a tile.
     thread_m, thread_p: outputs of a thread, in groups of four. stages: tiles of the ring in
     shared memory, all but one on their way. split: blocks that share the K of a tile. taps: a
-    tile of K is `block_k` channels of one tap; otherwise `block_k` neighbours in window order,
-    through the table. blocks: blocks a multiprocessor has to have registers for.
+    tile of K is `block_k` channels of one tap; otherwise `block_k` neighbours of a window as
+    it lies in memory, through the table. blocks: blocks a multiprocessor has to have registers for.
     """
 
     block_m: int
@@ -70,6 +70,12 @@ def reduction(problem: ConvProblem, c: Config, explicit: bool) -> KAxes:
 def k_tiles(problem: ConvProblem, c: Config) -> int:
     axes = reduction(problem, c, False)
     return axes.outer * axes.inner // c.block_k
+
+
+def packed_elements(problem: ConvProblem, c: Config) -> int:
+    """Of the filter in whole tiles."""
+    sizes = gemm_sizes(problem)
+    return sizes.groups * -(-sizes.m // c.block_m) * c.block_m * k_tiles(problem, c) * c.block_k
 
 
 def shared_words(c: Config, problem: ConvProblem, padded: bool) -> tuple[int, int]:
@@ -109,7 +115,10 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, explicit:
     batch, groups, last = problem.batch, problem.groups, problem.channels_last
     channels, per_group, out_channels = problem.in_channels // groups, sizes.m, problem.out_channels
     (height, width), (rows, columns) = problem.input_size, problem.output_size
-    (hf, wf), (sh, sw), (dh, dw) = problem.kernel_size, problem.stride, problem.dilation
+    hf, wf = problem.kernel_size
+    # Steps that are never taken count as 1: they may be too long for 32 bits.
+    sh, sw = (s if n > 1 else 1 for s, n in zip(problem.stride, (rows, columns), strict=True))
+    dh, dw = (d if n > 1 else 1 for d, n in zip(problem.dilation, (hf, wf), strict=True))
     top, left = (0, 0) if explicit else (before for before, _ in problem.padding)
     padded = not explicit and any(map(any, problem.padding))
     pixels, outputs = rows * columns, batch * out_channels * rows * columns
@@ -223,13 +232,14 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, explicit:
         first_column = T.alloc_local((PIXEL_STEPS,), "int32")
         for j in T.unroll(PIXEL_STEPS):
             p: T.let = T.min(p_tile * BP + copy_p + j * NEXT_P, sizes.p - 1)
-            first_row[j] = p // columns % rows * sh - top
-            first_column[j] = p % columns * sw - left
+            if padded:
+                first_row[j] = p // columns % rows * sh - top
+                first_column[j] = p % columns * sw - left
             start[j] = (p // pixels * in_n + group * (channels * in_c) - (top * line + left * in_w)
                         + p // columns % rows * next_row + p % columns * next_column
                         + (copy_k * in_c if c.taps else 0))
 
-        # 3. Table of distances from a window's first element, in window order.
+        # 3. Table of distances from a window's first element, in the order of K.
         if not c.taps:
             for step in T.serial(-(-ENTRIES // THREADS)):
                 e: T.let = step * THREADS + thread

@@ -1,6 +1,7 @@
 """The asynchronous CUDA-core schedules on a machine without a GPU: simulated, and through nvcc."""
 
 import itertools
+import math
 import random
 
 import numpy as np
@@ -247,7 +248,10 @@ def test_refused_problems():
         assert "dtype=float16" in schedule.supports(RAGGED.replace(dtype="float16"), TARGET)
         # A window of 71000 elements that is no whole number of vectors: its table is too long.
         long = ConvProblem(1, 71, (40, 40), 4, (25, 40))
-        assert "shared memory" in schedule.supports(long, TARGET)
+        assert schedule.supports(long, TARGET) == (
+            "in_channels/groups=71: a table of 71000 window elements is beyond shared memory; "
+            "multiples of 8 need none"
+        )
         assert schedule.supports(long.replace(in_channels=72), TARGET) is None
     wide = ConvProblem(1, 1, (1, 40000), 1, 3, 1, 1)
     assert SCHEDULES[FORMS[0]].supports(wide, TARGET) == (
@@ -257,6 +261,56 @@ def test_refused_problems():
     large = ConvProblem(512, 64, (200, 200), 1, 7)
     assert r"I' has 2**31 elements or more" in SCHEDULES[FORMS[1]].supports(large, TARGET)
     assert SCHEDULES[FORMS[0]].supports(large, TARGET) is None
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        # 2**20 groups of one channel: 2**31 * 2.1 elements in tiles of 16, 9.4 million without.
+        (
+            ConvProblem(1, 2**20, (16, 16), 2**20, (11, 11), groups=2**20),
+            "block_m=16: in whole tiles the filter has 2**31 elements or more",
+        ),
+        (
+            ConvProblem(1, 1, (2**15, 2**14), 1, 1),
+            "output_shape=(1, 1, 32768, 16384): cuda_simt_async takes below 2**29 pixels",
+        ),
+        (
+            ConvProblem(1, 8, (64, 64), 8, 3, 2**15, 9000, 1),
+            "padding=((9000, 9000), (9000, 9000)): with it the input has 2**31 elements or more",
+        ),
+    ],
+)
+def test_offsets_beyond_32_bits_are_refused(problem, message):
+    assert SCHEDULES[FORMS[0]].supports(problem, TARGET) == message
+    with pytest.raises(ScheduleError) as caught:
+        im2win_tvm.compile(problem, TARGET, schedule=FORMS[0])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["cuda_simt", "cuda_simt_async"])
+def test_the_filter_is_counted_in_the_tiles_that_it_is_packed_in(form):
+    """257 x 8355712 weights are fewer than 2**31; in 272 or 384 rows they are more."""
+    schedule, problem = SCHEDULES[form], ConvProblem(1, 8355712, (1, 1), 257, 1)
+    assert math.prod(problem.weight_shape) < 2**31
+    assert "in whole tiles the filter has 2**31 elements" in schedule.supports(problem, TARGET)
+    assert schedule.supports(problem.replace(out_channels=128), TARGET) is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "problem",
+    [
+        ConvProblem(1, 8, (8, 8), 8, 1, 1, 0, 2**31),
+        ConvProblem(1, 3, (5, 5), 4, 5, 2**31),
+        ConvProblem(1, 1, (2**14, 2**14 + 2), 1, 3),
+    ],
+    ids=str,
+)
+def test_steps_and_sizes_near_32_bits_compile(form, problem):
+    schedule = SCHEDULES[form]
+    module = schedule.build(problem, schedule.default(problem, TARGET), TARGET)
+    assert "im2win_conv_kernel" in lower.cuda_source(lower.lower(module), TARGET)
 
 
 @pytest.mark.nvcc
