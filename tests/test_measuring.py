@@ -12,7 +12,7 @@ from im2win_tvm import artifact, builds, toolchain
 from im2win_tvm.bench import timing
 from im2win_tvm.bench.operands import HostOperands, TorchOperands
 from im2win_tvm.tuning import measuring
-from im2win_tvm.tuning.measuring import Measurer, TuningError
+from im2win_tvm.tuning.measuring import Measurement, Measurer, TuningError
 
 BRIEF = timing.Limits(warmup=0.001, seconds=0.001, least=3, most=5)
 
@@ -83,6 +83,46 @@ def test_a_kernel_that_takes_its_process_down_is_lost_alone(
     assert re.fullmatch(error, result.error)
     measurer._patience = measuring.PATIENCE
     assert measurer.measure(PROBLEM, [good], BRIEF)[0].passed
+
+
+def test_of_several_the_bad_one_is_lost_alone(kernel, measurer, tmp_path):
+    good, bad = kernel.export(tmp_path / "good.so"), tmp_path / "bad.so"
+    libraries = [good, _spoiled(kernel, bad, "abort();"), good]
+    one, two, three = measurer.measure(PROBLEM, libraries, BRIEF)
+    assert two.error == "ended its process (SIGABRT)"
+    for result in (one, three):
+        assert (result.error, result.passed) == (None, True)
+        assert result.times["warm"].n >= 3
+
+
+def test_an_error_during_the_timing_is_of_one_alone(measurer, monkeypatch):
+    """Of all that were timed together; of those alone, what comes of that counts."""
+    wrong, right = Measurement(message="outputs are wrong"), Measurement(passed=True)
+    asked = []
+
+    def together(problem, libraries, limits):
+        asked.append(libraries)
+        if "bad" in libraries:
+            return [wrong if name == "wrong" else Measurement("timing") for name in libraries]
+        return [right] * len(libraries)
+
+    monkeypatch.setattr(measurer, "_together", together)
+    results = measurer.measure(PROBLEM, ["a", "wrong", "bad", "b"], BRIEF)
+    # A wrong output counts, and is not asked for until it is right.
+    assert results == [right, wrong, Measurement("timing"), right]
+    assert asked == [["a", "wrong", "bad", "b"], ["a"], ["bad"], ["b"]]
+
+
+def test_a_device_that_stays_busy_keeps_what_was_measured(measurer, monkeypatch):
+    right, lost = Measurement(passed=True), Measurement("hangs")
+
+    def together(problem, libraries, limits):
+        if libraries == ["bad"]:
+            raise TuningError("tensors and reference took more than 900 s")
+        return [right] if libraries == ["a"] else [lost] * len(libraries)
+
+    monkeypatch.setattr(measurer, "_together", together)
+    assert measurer.measure(PROBLEM, ["a", "bad", "b"], BRIEF) == [right, lost, lost]
 
 
 def test_what_cannot_be_measured_is_refused(measurer, tmp_path, monkeypatch):

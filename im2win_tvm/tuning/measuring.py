@@ -2,7 +2,7 @@
 
 A CUDA kernel that reads where it must not ends every later call of its process with an error, and
 a CPU kernel ends the process itself. Both cost one candidate: after anything but a right output the
-process is started anew.
+process is started anew, and those that met an error together are measured alone.
 """
 
 from __future__ import annotations
@@ -78,8 +78,25 @@ class Measurer:
     ) -> list[Measurement]:
         """Check exported kernels of `problem`, and time those that are right, by turns.
 
-        One result each. Raises TuningError where the problem cannot be measured at all.
+        One result each. Of several, those with an error are measured once more, each alone: which
+        of them it was is not known. Raises TuningError where the problem cannot be measured at all.
         """
+        results = self._together(problem, libraries, limits)
+        if len(libraries) > 1:
+            for index, result in enumerate(results):
+                if result.error is None:
+                    continue
+                try:
+                    (results[index],) = self._together(problem, [libraries[index]], limits)
+                except TuningError:
+                    # One that still hangs may hold the device. What was measured counts.
+                    break
+        return results
+
+    def _together(
+        self, problem: ConvProblem, libraries: list[Path], limits: timing.Limits
+    ) -> list[Measurement]:
+        """As `measure`; a hang or the end of the process is the error of all."""
         if problem != self._problem:
             self._prepare(problem)
         seconds = len(libraries) * (self._patience + limits.warmup + limits.seconds)

@@ -2,8 +2,9 @@
 
 Every measurement goes through the bench's checks and timing. A search times a candidate briefly
 (SEARCH); the fastest FINALISTS of each schedule and the heuristic's choice are then measured again
-together, by turns, with the full protocol of `im2win bench`. Both are recorded, each as it is
-measured, so that what was measured stays whatever happens next.
+together, by turns, with the full protocol of `im2win bench`; those that meet an error there, each
+alone. All are recorded, each as it is measured, so that what was measured stays whatever happens
+next.
 """
 
 from __future__ import annotations
