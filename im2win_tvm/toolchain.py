@@ -5,10 +5,17 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+
+#: Seconds that one run of a compiler may take: nvcc needs some ten for a kernel.
+LIMIT = 600.0
+# Seconds until what was killed is gone and its output read.
+_ENDING = 5.0
 
 
 class ToolchainError(RuntimeError):
@@ -73,17 +80,43 @@ def nvcc_version() -> str:
 def run(command: list[str]) -> str:
     """Run a compiler and return what it printed.
 
-    Raises ToolchainError with the end of its output if it fails.
+    Raises ToolchainError with the end of its output if it fails or takes longer than LIMIT; it is
+    ended then, with all that it started.
     """
     try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        # In a group of its own: nvcc and gcc leave the work to children, which outlive them.
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
     except OSError as error:
         raise ToolchainError(f"{command[0]}: {error}") from error
-    if done.returncode != 0:
-        raise ToolchainError(f"{' '.join(command)}\nfailed:\n{done.stdout[-4000:]}")
-    return done.stdout
+    try:
+        output, _ = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        said = _end(process)
+        raise ToolchainError(
+            f"{' '.join(command)}\ntook more than {LIMIT:g} s and was ended"
+            + (f"; it printed:\n{said[-4000:]}" if said else "")
+        ) from None
+    except BaseException:  # Ctrl-C does not reach another group
+        _end(process)
+        raise
+    if process.returncode != 0:
+        raise ToolchainError(f"{' '.join(command)}\nfailed:\n{output[-4000:]}")
+    return output
+
+
+def _end(process: subprocess.Popen) -> str:
+    """Kill a process and its group; what it printed, if that can be had."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):  # one may have left the group with the pipe
+        return process.communicate(timeout=_ENDING)[0]
+    return ""
 
 
 def include_flags() -> list[str]:
