@@ -1,5 +1,6 @@
 """Building and measuring candidates: outputs are checked, and one that crashes is lost alone."""
 
+import multiprocessing
 import re
 
 import numpy as np
@@ -123,6 +124,31 @@ def test_a_device_that_stays_busy_keeps_what_was_measured(measurer, monkeypatch)
 
     monkeypatch.setattr(measurer, "_together", together)
     assert measurer.measure(PROBLEM, ["a", "bad", "b"], BRIEF) == [right, lost, lost]
+
+
+def test_a_process_that_cannot_be_killed_is_left_behind(measurer, monkeypatch):
+    """One inside a driver takes no signal until the driver lets it."""
+
+    def join(process, timeout=None):
+        assert timeout is not None, "waits without a limit"
+
+    monkeypatch.setattr(measuring, "ENDING", 0.5)
+    measurer._start()
+    process = measurer._process
+    assert process in multiprocessing.active_children()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(process), "exitcode", None)
+        patch.setattr(type(process), "kill", lambda self: None)
+        patch.setattr(type(process), "join", join)
+        assert measurer._stop() == "still there 0.5 s after SIGKILL"
+        # Nothing is timed beside it.
+        with pytest.raises(TuningError, match=f"process {process.pid} measured before and was kil"):
+            measurer.measure(PROBLEM, [], BRIEF)
+    assert measurer._process is None
+    assert process not in multiprocessing.active_children()
+    process.kill()  # not closed: that would have raised
+    process.join()
+    assert measurer.measure(PROBLEM, [], BRIEF) == []
 
 
 def test_what_cannot_be_measured_is_refused(measurer, tmp_path, monkeypatch):

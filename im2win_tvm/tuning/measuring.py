@@ -27,6 +27,8 @@ __all__ = ["Measurement", "Measurer", "TuningError", "first_line"]
 PATIENCE = 60.0
 #: Seconds for tensors and reference; a float64 convolution of a large batch takes its time.
 PREPARATION = 900.0
+#: Seconds until a killed process is gone; one inside a driver may stay for as long as that likes.
+ENDING = 10.0
 
 
 class TuningError(RuntimeError):
@@ -60,6 +62,7 @@ class Measurer:
         # Not forked: a CUDA context does not survive that.
         self._context = multiprocessing.get_context("spawn")
         self._process: Any = None
+        self._left: Any = None  # one that was killed and had not ended
         self._connection: Connection | None = None
         self._problem: ConvProblem | None = None
 
@@ -115,6 +118,11 @@ class Measurer:
 
     def _prepare(self, problem: ConvProblem) -> None:
         """Have the child make tensors and reference; start it if there is none."""
+        if self._left is not None and self._left.exitcode is None:
+            raise TuningError(
+                f"{problem}: cannot be measured here: process {self._left.pid} measured before and "
+                "was killed, but is still there; it may use the device, and no time would be right"
+            )
         if self._process is None:
             self._start()
         refusal = f"tensors and reference took more than {PREPARATION:.0f} s"
@@ -144,8 +152,13 @@ class Measurer:
         process.join(1.0)  # an idle one ends when its connection does
         if process.exitcode is None:
             process.kill()
-            process.join()
+            process.join(ENDING)
         code = process.exitcode
+        if code is None:
+            # Left behind: the interpreter would wait for it at its own end, without a limit.
+            multiprocessing.process._children.discard(process)
+            self._left = process
+            return f"still there {ENDING:g} s after SIGKILL"
         process.close()
         if code is not None and code < 0:
             with suppress(ValueError):
