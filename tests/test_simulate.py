@@ -11,7 +11,7 @@ from im2win_tvm import emulate, reference, tensors, toolchain
 from im2win_tvm.lower import cuda_source, lower
 from im2win_tvm.problem import ConvProblem
 from im2win_tvm.schedules.base import ALIGNMENT, CONV, PREPARE
-from im2win_tvm.simulate import Conflicts, SimulationError, run
+from im2win_tvm.simulate import Conflicts, SimulationError, run, statements
 from im2win_tvm.target import CudaTarget
 
 RNG = np.random.default_rng(0)
@@ -138,6 +138,32 @@ def test_loops_end_for_each_thread_on_its_own():
             while_ //= 2
         odd = t if t % 2 else -1
         assert [*y[:, t]] == [sum(range(t % 5 + 1)), summed, while_, odd, -1]
+
+
+def test_a_loop_that_waits_for_what_never_comes(monkeypatch):
+    def make(last):
+        @T.prim_func
+        def kernel(y: T.Buffer((64,), "int32")):
+            T.device_entry()
+            T.cta_id([1])
+            t = T.thread_id([64])
+            n: T.int32 = 0
+            while n < 10 or y[t] == last:
+                n = n + 1
+            y[t] = n
+
+        return kernel
+
+    # So many passes are allowed, and not one more.
+    monkeypatch.setattr(statements, "LONGEST_WHILE", 10)
+    y = np.arange(64, dtype="int32")
+    run(make(64), {"y": y})
+    np.testing.assert_array_equal(y, np.full(64, 10))
+    message = r"while loop has not ended after 10 passes by block 0 thread 5 in `n.* == 5`"
+    with pytest.raises(SimulationError, match=message) as error:
+        run(make(5), {"y": np.arange(64, dtype="int32")})
+    assert "y[" in error.value.statement
+    assert (error.value.block, error.value.thread) == ((0, 0, 0), (5, 0, 0))
 
 
 def test_loads_of_lanes_that_do_not_execute_do_not_count():

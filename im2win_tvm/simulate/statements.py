@@ -15,6 +15,10 @@ from .layout import array_of, calls, nodes, scope
 from .pointers import Pointer
 from .values import Code
 
+#: Passes of a while loop after which it counts as endless: one that waits for what never comes,
+#: for instance for a block that runs only after those of the loop.
+LONGEST_WHILE = 100_000
+
 
 class _Frame:
     """A loop: the lanes that left it, and those that left the current pass through its body."""
@@ -237,12 +241,12 @@ class Statements(Accesses):
         return code
 
     def _while(self, node) -> Code:
-        self._here(node.condition)
+        site, machine = self._here(node.condition), self.machine
         condition = self.compile(node.condition)
         body, close = self._loop_body(node.body, None)
 
         def code(mask):
-            active = mask
+            active, passes = mask, 0
             while active is not None:
                 holds = condition(active)
                 if type(holds) is np.ndarray:
@@ -250,6 +254,10 @@ class Statements(Accesses):
                 elif not holds:
                     break
                 if active is not None:
+                    if passes == LONGEST_WHILE:
+                        message = f"while loop has not ended after {passes} passes"
+                        site.fail(machine, message, int(active.lanes[0]))
+                    passes += 1
                     body(active)
                     active = close(active)
             close(None)
