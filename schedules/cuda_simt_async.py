@@ -35,6 +35,7 @@ from .cuda_simt_async_kernel import (
     k_tiles,
     lanes_of_m,
     packed_elements,
+    pixel_steps,
     prepare,
     shared_words,
 )
@@ -123,10 +124,11 @@ class CudaSimtAsync(Schedule):
         allowed = target.threads_per_multiprocessor
         if c.blocks * c.threads > allowed:
             return f"blocks={c.blocks}: a multiprocessor takes {allowed} threads"
-        if c.blocks * c.threads * registers(c) > REGISTERS:
+        warps = resident_warps(c, problem)
+        if c.blocks * c.threads > warps * WARP:
             return (
-                f"blocks={c.blocks}: {c.blocks} times {c.threads} threads of {registers(c)} "
-                f"registers; a multiprocessor has {REGISTERS}"
+                f"blocks={c.blocks}: {c.blocks} times {c.threads} threads of some "
+                f"{registers(c, problem)} registers; a multiprocessor has them for {warps * WARP}"
             )
         taken = 4 * sum(shared_words(c, problem, self._padded(problem)))
         if c.blocks * (taken + 1024) > target.shared_bytes_per_multiprocessor:
@@ -188,13 +190,19 @@ def _smallest(problem: ConvProblem) -> Config:
     return Config(16, 32, 8, 4, 4, stages=2, taps=taps)
 
 
-def registers(c: Config) -> int:
+def registers(c: Config, problem: ConvProblem) -> int:
     """Registers of a thread, about, as ptxas hands them out: in eights, at most 255.
 
-    Sums, some of them twice while they are in flight, fragments, addresses (nvcc 13.0, sm_90).
+    Sums, some of them twice while they are in flight, fragments, one address for every pixel that
+    is copied from, and the rest: fitted to what nvcc 13.0 takes on sm_90 where nothing bounds it.
     """
-    needed = 1.2 * c.thread_m * c.thread_p + c.thread_m + c.thread_p + 32
-    return min(-(-int(needed) // 8) * 8, 255)
+    needed = 1.2 * c.thread_m * c.thread_p + c.thread_m + c.thread_p + 28 + pixel_steps(c, problem)
+    return min(math.ceil(needed / 8) * 8, 255)
+
+
+def resident_warps(c: Config, problem: ConvProblem) -> int:
+    """Warps of a multiprocessor that its registers suffice for; its four parts get as many each."""
+    return REGISTERS // (WARP * registers(c, problem)) // 4 * 4
 
 
 def resident_blocks(c: Config, problem: ConvProblem, target: CudaTarget, padded: bool) -> int:
@@ -203,7 +211,7 @@ def resident_blocks(c: Config, problem: ConvProblem, target: CudaTarget, padded:
     return max(
         1,
         min(
-            REGISTERS // (registers(c) * c.threads),
+            resident_warps(c, problem) * WARP // c.threads,
             target.shared_bytes_per_multiprocessor // taken,
             target.threads_per_multiprocessor // c.threads,
         ),

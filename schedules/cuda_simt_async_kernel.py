@@ -102,6 +102,13 @@ def lanes_of_m(c: Config, problem: ConvProblem) -> int | None:
     return None
 
 
+def pixel_steps(c: Config, problem: ConvProblem) -> int:
+    """Pixels whose windows a thread copies from: see the copies of `convolve`."""
+    if problem.channels_last:
+        return -(-(c.block_p // 4) // (c.threads // WARP))
+    return -(-c.block_p // WARP)
+
+
 def prepare(problem: ConvProblem, config: Config, explicit: bool):
     """The filter in the order of K, a tile of it one contiguous run. Runs once."""
     w = te.placeholder(problem.weight_shape, problem.dtype, name="w")
@@ -153,7 +160,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, explicit:
     # warp takes 32 pixels of one k, and every warp its own rows. NHWC: 8 k of 4 pixels, and every
     # warp its own pixels.
     FILTER_STEPS = -(-(BK * BM // VECTOR) // THREADS)
-    PIXEL_STEPS = -(-(BP // 4) // WARPS) if last else -(-BP // WARP)
+    PIXEL_STEPS = pixel_steps(c, problem)
     K_STEPS = -(-BK // 8) if last else -(-BK // WARPS)
     NEXT_P, NEXT_K = (4, 8) if last else (WARP, 1)  # from one step to the next
 

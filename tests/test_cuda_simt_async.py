@@ -211,7 +211,8 @@ def test_every_proposal_is_valid_and_so_is_the_default():
         (dict(blocks=65), "blocks=65: a multiprocessor takes 2048 threads"),
         (
             dict(blocks=40),
-            "blocks=40: 40 times 32 threads of 64 registers; a multiprocessor has 65536",
+            "blocks=40: 40 times 32 threads of some 64 registers; "
+            "a multiprocessor has them for 1024",
         ),
         (
             dict(block_k=512, block_m=64, stages=4),
