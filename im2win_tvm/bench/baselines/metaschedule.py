@@ -17,6 +17,7 @@ from typing import Any
 from ... import environment, suites
 from ...problem import ConvProblem
 from ...target import Target
+from ...tuning import lookup
 from .tvm_default import relax_module
 
 __all__ = [
@@ -35,8 +36,8 @@ __all__ = [
     "scheduled",
 ]
 
-#: Records that ship, beside the package in its source tree.
-TUNING_LOGS = Path(__file__).resolve().parents[3] / "tuning_logs"
+#: Records that ship, where those of the package's own schedules do.
+TUNING_LOGS = lookup.SHIPPED
 PROVENANCE = "provenance.jsonl"
 SCRIPT = "python scripts/tune_tvm_baseline.py"
 _FILES = ("database_workload.json", "database_tuning_record.json")
