@@ -65,6 +65,11 @@ def test_what_ships_is_named_without_the_way_to_it(tmp_path):
     assert choice.origin.file.startswith("tuning_logs" + os.sep)
 
 
+def test_another_compiler_makes_no_record_stale(place):
+    write(place, make(changed=OTHER, versions=make().versions | {"nvcc": "1.0"}))
+    assert select(PROBLEM, CPU).config == replace(HEURISTIC, **OTHER)
+
+
 def test_a_given_configuration_outweighs_records(place):
     write(place, make(changed=OTHER))
     for config in ({}, {"unroll": 1}, HEURISTIC):
