@@ -56,7 +56,9 @@ def test_a_switch_that_leaves_nothing_valid_is_a_gap(monkeypatch):
     entry = ablation.Ablated("no vector loads")
     assert entry.available(problem, CUDA) is None
     assert entry.available(problem, resolve("llvm")).startswith("target=llvm: cuda_simt is for")
-    monkeypatch.setattr(SIMT, "check", lambda *a: "vector=1: refused")
+    monkeypatch.setattr(
+        SIMT, "check", lambda config, *rest: "vector=1: refused" if config.vector == 1 else None
+    )
     assert entry.available(problem, CUDA) == "no vector loads: vector=1: refused"
     with pytest.raises(ScheduleError, match="no vector loads: vector=1: refused"):
         ablation.config_without("no vector loads", problem, CUDA)
