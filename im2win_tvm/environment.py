@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ __all__ = [
     "package_version",
     "slug",
     "versions",
+    "write_record",
 ]
 
 _PACKAGES = ("apache-tvm", "apache-tvm-ffi", "numpy", "torch")
@@ -151,3 +155,23 @@ def slug(device: str) -> str:
 def device_slug(target: Target) -> str:
     """The folder name of the device that `target` is for, in records; its architecture if none."""
     return slug(device_name(target) or target.arch)
+
+
+def write_record(
+    path: Path, kind: str, command: list[str], target: Target, figures: dict[str, Any]
+) -> None:
+    """Write a record of a run as JSON: `figures`, after where, when and by which command.
+
+    kind: what the run was, as a reader of records tells them apart. Folders are made.
+    """
+    record = {
+        "format": 1,
+        "kind": kind,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(command),
+        "device": device_slug(target),
+        "environment": describe(),
+        **figures,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import re
 import shlex
 import shutil
@@ -20,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from datetime import datetime, timezone
 from pathlib import Path
 
 import im2win_tvm
@@ -183,18 +181,9 @@ def main() -> None:
             f"{e['dram_over_floor']:5.2f}x {e['shared_bank_conflicts']:9.0f}"
         )
     if options.record:
-        record = {
-            "format": 1,
-            "kind": "profile",
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", *sys.argv]),
-            "device": environment.device_slug(resolve("cuda")),
-            "environment": environment.describe(),
-            "metrics": METRICS,
-            "layers": entries,
-        }
-        options.record.parent.mkdir(parents=True, exist_ok=True)
-        options.record.write_text(json.dumps(record, indent=1) + "\n")
+        figures = {"metrics": METRICS, "layers": entries}
+        command = ["python", *sys.argv]
+        environment.write_record(options.record, "profile", command, resolve("cuda"), figures)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,11 @@ reports an error or an output is wrong.
 """
 
 import argparse
-import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -129,19 +126,15 @@ def main() -> int:
                 failed.append(tool)
     print(f"failed: {', '.join(failed)}" if failed else "no errors")
     if options.record:
-        record = {
-            "format": 1,
-            "kind": "compute-sanitizer",
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", *sys.argv]),
-            "device": environment.device_slug(resolve("cuda")),
-            "environment": environment.describe(),
+        figures = {
             "schedules": FORMS,
             "problems": [str(problem) for problem, _ in CASES],
             "tools": {t: "failed" if t in failed else "clean" for t in options.tools.split(",")},
         }
-        options.record.parent.mkdir(parents=True, exist_ok=True)
-        options.record.write_text(json.dumps(record, indent=1) + "\n")
+        command = ["python", *sys.argv]
+        environment.write_record(
+            options.record, "compute-sanitizer", command, resolve("cuda"), figures
+        )
     return 1 if failed else 0
 
 

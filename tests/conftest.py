@@ -4,14 +4,11 @@
 machine can repeat.
 """
 
-import json
 import os
 import sys
 import time
 from collections import Counter
-from datetime import datetime, timezone
 from pathlib import Path
-from shlex import join
 
 import pytest
 
@@ -60,20 +57,14 @@ def pytest_terminal_summary(terminalreporter, config):
         for name in ("passed", "failed", "error", "skipped")
     }
     passed = Counter(nodeid.split("[")[0] for nodeid in outcomes["passed"])
-    record = {
-        "format": 1,
-        "kind": "tests",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": join(["python", "-m", "pytest", *sys.argv[1:]]),
-        "device": environment.device_slug(resolve()),
-        "environment": environment.describe(),
+    figures = {
         "seconds": round(time.time() - config.stash[STARTED], 1),
         "counts": {name: len(nodeids) for name, nodeids in outcomes.items()},
         "passed": dict(sorted(passed.items())),
         **{name: outcomes[name] for name in ("failed", "error", "skipped")},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    command = ["python", "-m", "pytest", *sys.argv[1:]]
+    environment.write_record(path, "tests", command, resolve(), figures)
 
 
 def _no_gpu():
