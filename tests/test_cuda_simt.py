@@ -3,30 +3,17 @@
 import itertools
 import random
 
-import numpy as np
 import pytest
+from emulated import assert_nan_and_infinity_stay_local, assert_right
 from problems import DTYPES, LAYOUTS, odd_problems, problem_id
 from simt_switches import FORMS, RAGGED, SWITCHES, TARGET, WHOLE, config_of
 
 import im2win_tvm
-from im2win_tvm import emulate, reference, tensors
 from im2win_tvm.epilogue import Epilogue
 from im2win_tvm.problem import ConvProblem
 from im2win_tvm.schedules import SCHEDULES, ScheduleError
 
 every_form = pytest.mark.parametrize("form", FORMS)
-
-
-def assert_right(form, problem, config=None, epilogue=None, kinds=tensors.KINDS):
-    schedule, epilogue = SCHEDULES[form], epilogue or Epilogue()
-    config = config or schedule.default(problem, TARGET)
-    for kind in kinds:
-        made = tensors.fill(problem, kind, 2, epilogue.bias, epilogue.residual)
-        given = {name: array for name, array in made._asdict().items() if array is not None}
-        actual = emulate.run(schedule, problem, config, TARGET, given, epilogue)
-        expected = reference.conv2d(*made[:2], problem, *made[2:], epilogue.activation)
-        result = tensors.check(actual, expected, problem, kind)
-        assert result.ok, f"{config}: {result.message}"
 
 
 @every_form
@@ -88,22 +75,7 @@ def test_epilogues(bias, residual, activation, form):
 @every_form
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nan_and_infinity_reach_the_outputs_that_read_them_and_no_others(layout, form):
-    problem = RAGGED.replace(layout=layout)
-    schedule = SCHEDULES[form]
-    config = schedule.default(problem, TARGET)
-    for seed, value in enumerate((np.nan, np.inf)):
-        made = tensors.fill(problem, "integer", seed, True, True)
-        chance = random.Random(seed)
-        for array in (made.x, made.w):
-            array.reshape(-1)[chance.randrange(array.size)] = value
-        expected = reference.conv2d(
-            made.x, made.w, problem, made.bias, made.residual, activation="relu"
-        )
-        actual = emulate.run(
-            schedule, problem, config, TARGET, made._asdict(), Epilogue(True, True, "relu")
-        )
-        np.testing.assert_array_equal(actual, expected)
-        assert 0 < np.isfinite(actual).sum() < actual.size
+    assert_nan_and_infinity_stay_local(form, RAGGED.replace(layout=layout))
 
 
 def test_every_proposal_is_valid_and_so_is_the_default():

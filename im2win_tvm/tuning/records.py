@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,11 +174,9 @@ def _text(value: Any, name: str) -> str | None:
 def _number(value: Any, name: str, least: float) -> float:
     """A finite number of at least `least`. JSON's integers may be too large for a float."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
+        with suppress(OverflowError):
             if math.isfinite(float(value)) and value >= least:
                 return value
-        except OverflowError:
-            pass
     raise RecordError(f"{name}={shown(value)}: allowed: a finite number from {least:g}")
 
 
