@@ -26,17 +26,16 @@ from ..problem import ConvProblem
 from ..target import CudaTarget
 from .base import CONV, PREPARE, TRANSFORM, Schedule
 from .cuda_elementwise import im2win_elements, write_im2win
-from .cuda_simt_async_kernel import (
+from .cuda_simt_async_kernel import convolve, prepare
+from .cuda_simt_async_tiles import (
     MAX_TABLE_SIZE,
     VECTOR,
     WARP,
     Config,
-    convolve,
     k_tiles,
     lanes_of_m,
     packed_elements,
     pixel_steps,
-    prepare,
     shared_words,
 )
 

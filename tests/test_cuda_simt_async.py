@@ -16,7 +16,8 @@ from im2win_tvm import lower, simulate, suites, toolchain
 from im2win_tvm.epilogue import NONE, Epilogue
 from im2win_tvm.problem import ConvProblem
 from im2win_tvm.schedules import SCHEDULES, ScheduleError
-from im2win_tvm.schedules.cuda_simt_async_kernel import Config, convolve
+from im2win_tvm.schedules.cuda_simt_async_kernel import convolve
+from im2win_tvm.schedules.cuda_simt_async_tiles import Config
 from im2win_tvm.target import CudaTarget
 
 FORMS = ("cuda_simt_async", "cuda_simt_async_explicit")

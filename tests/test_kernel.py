@@ -17,7 +17,7 @@ from im2win_tvm.epilogue import NONE
 from im2win_tvm.kernel import Kernel
 from im2win_tvm.lower import lower
 from im2win_tvm.problem import ConvProblem
-from im2win_tvm.schedules.cuda_simt_async_kernel import Config
+from im2win_tvm.schedules.cuda_simt_async_tiles import Config
 from im2win_tvm.select import select
 from im2win_tvm.target import CudaTarget
 
