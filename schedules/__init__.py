@@ -11,10 +11,10 @@ SCHEDULES: dict[str, Schedule] = {
     schedule.name: schedule
     for schedule in (
         CPU_BLOCKED,
-        CUDA_SIMT,
-        CUDA_SIMT_EXPLICIT,
         CUDA_SIMT_ASYNC,
         CUDA_SIMT_ASYNC_EXPLICIT,
+        CUDA_SIMT,
+        CUDA_SIMT_EXPLICIT,
     )
 }
 

@@ -26,6 +26,7 @@ from ..problem import ConvProblem
 from ..target import CudaTarget
 from .base import CONV, PREPARE, TRANSFORM, Schedule
 from .cuda_elementwise import im2win_elements, write_im2win
+from .cuda_simt_async_cost import estimated_cycles, registers, resident_blocks, resident_warps
 from .cuda_simt_async_kernel import convolve, prepare
 from .cuda_simt_async_tiles import (
     MAX_TABLE_SIZE,
@@ -35,18 +36,12 @@ from .cuda_simt_async_tiles import (
     k_tiles,
     lanes_of_m,
     packed_elements,
-    pixel_steps,
     shared_words,
 )
 
 # Offsets are 32 bits wide, and a few tiles beyond the last pixel have to fit as well; TVM's
 # simplifier multiplies pixels by the words of a vector.
 MAX_ELEMENTS, MAX_PIXELS = 2**31, 2**29
-# Registers of a multiprocessor (CUDA C++ Programming Guide, compute capabilities).
-REGISTERS = 65536
-# Bytes that one multiprocessor gets from the L2 cache in a cycle: a guess, as are the numbers of
-# `estimated_cycles`. Neither was fitted to measurements yet.
-L2_BYTES_PER_CYCLE = 32
 # CUDA C++ Programming Guide, cluster size that every device takes.
 MAX_SPLIT = 8
 # Outputs of a thread that are worth trying: the larger, the fewer words each of them takes; the
@@ -149,7 +144,7 @@ class CudaSimtAsync(Schedule):
         ):
             if not 64 <= rows * columns <= 512:
                 continue
-            for k in sorted({8, 16, 32} | (set() if tap else divisors)):
+            for k in sorted({8, 16, 24, 32} | (set() if tap else divisors)):
                 config = Config(tm * rows, tp * columns, k, tm, tp, count, split, tap)
                 blocks = resident_blocks(config, problem, target, self._padded(problem))
                 config = replace(config, blocks=blocks)
@@ -159,7 +154,7 @@ class CudaSimtAsync(Schedule):
     def default(self, problem: ConvProblem, target: CudaTarget) -> Config:
         channels = problem.in_channels // problem.groups
         return min(
-            self._configs(problem, target, (3,), (channels % 8 == 0,)),
+            self._configs(problem, target, (3, 2), (channels % 8 == 0,)),
             key=lambda config: self.estimate(problem, config, target),
             default=_smallest(problem),
         )
@@ -187,59 +182,6 @@ def _padded_elements(problem: ConvProblem) -> int:
 def _smallest(problem: ConvProblem) -> Config:
     taps = problem.in_channels // problem.groups % 8 == 0
     return Config(16, 32, 8, 4, 4, stages=2, taps=taps)
-
-
-def registers(c: Config, problem: ConvProblem) -> int:
-    """Registers of a thread, about, as ptxas hands them out: in eights, at most 255.
-
-    Sums, some of them twice while they are in flight, fragments, one address for every pixel that
-    is copied from, and the rest: fitted to what nvcc 13.0 takes on sm_90 where nothing bounds it.
-    """
-    needed = 1.2 * c.thread_m * c.thread_p + c.thread_m + c.thread_p + 28 + pixel_steps(c, problem)
-    return min(math.ceil(needed / 8) * 8, 255)
-
-
-def resident_warps(c: Config, problem: ConvProblem) -> int:
-    """Warps of a multiprocessor that its registers suffice for; its four parts get as many each."""
-    return REGISTERS // (WARP * registers(c, problem)) // 4 * 4
-
-
-def resident_blocks(c: Config, problem: ConvProblem, target: CudaTarget, padded: bool) -> int:
-    """Blocks that fit on a multiprocessor, at least 1: by registers and shared memory."""
-    taken = 4 * sum(shared_words(c, problem, padded)) + 1024
-    return max(
-        1,
-        min(
-            resident_warps(c, problem) * WARP // c.threads,
-            target.shared_bytes_per_multiprocessor // taken,
-            target.threads_per_multiprocessor // c.threads,
-        ),
-    )
-
-
-def estimated_cycles(c: Config, problem: ConvProblem, target: CudaTarget) -> float:
-    """A model of the time on one multiprocessor; it ranks configurations.
-
-    Issue slots of what a thread executes, the fewer warps there are the more of them wasted, for
-    as many blocks as the busiest multiprocessor gets; at least what the L2 cache takes.
-    """
-    sizes = gemm_sizes(problem)
-    warps = c.threads / WARP
-    copies = c.block_k * (c.block_m / VECTOR + c.block_p) / c.threads
-    tile = c.block_k * (
-        c.thread_m * c.thread_p + (c.thread_m + c.thread_p) / VECTOR
-    ) + copies * (3 if c.taps else 7)  # fmt: skip
-    steps = -(-k_tiles(problem, c) // c.split)
-    slots = steps * (tile + 40) + 6 * c.thread_m * c.thread_p * (1 if c.split == 1 else 3) + 600
-    blocks = -(-sizes.m // c.block_m) * -(-sizes.p // c.block_p) * sizes.groups * c.split
-    turns, left = divmod(-(-blocks // target.multiprocessors), c.blocks)
-    # A scheduler issues from one warp in two of three cycles, from several in nearly all.
-    full, part = (max(1.0, n * warps / 4) + 0.5 for n in (c.blocks, left))
-    cycles = slots * (turns * full + (part if left else 0))
-    # At a barrier a block waits for its slowest warp, unless another block has work.
-    cycles += steps * 100 * (turns / c.blocks + (1 / left if left else 0))
-    traffic = steps * c.block_k * (c.block_m + c.block_p) * 4 * (turns * c.blocks + left)
-    return max(cycles, traffic / L2_BYTES_PER_CYCLE)
 
 
 IMPLICIT = CudaSimtAsync("cuda_simt_async", explicit=False)

@@ -90,6 +90,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, explicit:
     PIXEL_STEPS = pixel_steps(c, problem)
     K_STEPS = -(-BK // 8) if last else -(-BK // WARPS)
     NEXT_P, NEXT_K = (4, 8) if last else (WARP, 1)  # from one step to the next
+    RUN_K = min(K_STEPS, 8)
 
     # A thread's outputs, as vectors along the output's innermost axis: how many positions it has,
     # and vectors or channels at each. WHOLE: each is one aligned vector of the output as well.
@@ -209,29 +210,44 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, explicit:
             else:
                 T.ptx["cp.async.ca.shared.global"](into, source_flat.ptr_to([at]), 4)
 
+        distance_of = T.alloc_local((RUN_K,), "int32")
+        offset_of = T.alloc_local((RUN_K,), "int32")
+
         @T.inline
-        def copy_window(j, i, tail):
+        def copy_window(j, i, s, tail):
             k = T.meta_var(copy_k + i * NEXT_K)
-            entry = T.meta_var(k_next * BK + k)
             row = T.meta_var(
-                first_row[j] + (tap_u * dh if c.taps else table[ENTRIES + entry] // 65536))
+                first_row[j] + (tap_u * dh if c.taps else offset_of[s] // 65536))
             column = T.meta_var(
-                first_column[j] + (tap_v * dw if c.taps else table[ENTRIES + entry] % 65536))
+                first_column[j] + (tap_v * dw if c.taps else offset_of[s] % 65536))
             inside = T.meta_var(T.And(T.And(row >= 0, row < height),
                                       T.And(column >= 0, column < width)))
             if c.taps:
                 copy_word(j, k, start[j] + window_next + i * (NEXT_K * in_c), padded, inside)
             else:
-                copy_word(j, k, start[j] + table[entry], padded or tail,
-                          inside if padded else table[entry] >= 0)
+                copy_word(j, k, start[j] + distance_of[s], padded or tail,
+                          inside if padded else distance_of[s] >= 0)
 
         @T.inline
         def copy_windows(tail):
-            for j in T.unroll(PIXEL_STEPS):
-                for i in T.unroll(K_STEPS):
-                    # What does not divide among the warps is left out by the last of them.
-                    if T.And(copy_p + j * NEXT_P < BP, copy_k + i * NEXT_K < BK):
-                        copy_window(j, i, tail)
+            for run in T.unroll(-(-K_STEPS // RUN_K)):
+                # All distances of a run, then its copies: a copy right behind the load that it
+                # waits for would hold up every one after it.
+                if not c.taps:
+                    for s in T.unroll(RUN_K):
+                        i = T.meta_var(run * RUN_K + s)
+                        if T.And(i < K_STEPS, copy_k + i * NEXT_K < BK):
+                            entry: T.let = k_next * BK + copy_k + i * NEXT_K
+                            distance_of[s] = table[entry]
+                            if padded:
+                                offset_of[s] = table[ENTRIES + entry]
+                for j in T.unroll(PIXEL_STEPS):
+                    for s in T.unroll(RUN_K):
+                        i = T.meta_var(run * RUN_K + s)
+                        # What does not divide among the warps is left out by the last of them.
+                        if T.And(i < K_STEPS,
+                                 T.And(copy_p + j * NEXT_P < BP, copy_k + i * NEXT_K < BK)):
+                            copy_window(j, i, s, tail)
 
         @T.inline
         def copy_tile():
