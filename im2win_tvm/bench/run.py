@@ -36,7 +36,7 @@ class BenchError(RuntimeError):
 def limits_for(target: Target) -> timing.Limits:
     """What bounds a measurement: the whole paper suite within a few minutes."""
     if target.kind == "cuda":
-        return timing.Limits(seconds=0.5, least=10, most=100)
+        return timing.Limits(seconds=0.4, least=10, most=50)
     return timing.Limits(seconds=0.4, least=3, most=100)
 
 
