@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -20,10 +21,12 @@ def section(path: Path) -> str:
     record = json.loads(path.read_text())
     layer = record["layers"][0]
     link = path.resolve().relative_to(ROOT).as_posix()
+    # Where the file was when it was written does not matter.
+    command = re.sub(r"(?<=--json )\S+", link, record["command"])
     state = next(iter(next(e for e in layer["implementations"] if e.get("times"))["times"]))
     caption = (
         f"{report.device_line(record)}. {layer['dtype']} {layer['layout']}, batch "
-        f"{layer['batch']}, median of {state}-cache calls, measured by `{record['command']}` "
+        f"{layer['batch']}, median of {state}-cache calls, measured by `{command}` "
         f"on {record['date'][:10]} ([record]({link}))."
     )
     return f"{caption}\n\n{report.markdown(record)}"

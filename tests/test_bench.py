@@ -197,7 +197,7 @@ def test_report(record):
         "  vs torch  im2win workspace  tvm workspace  torch workspace",
         "one      100.0    150.0   400.0              -         fast    20.0   1.0   4.00x"
         "         -           2.0 KiB              ?                -",
-        "two      200.0   FAILED  ~100.0              -         fast    10.0   0.5   0.50x"
+        "two      200.0   FAILED  ~100.0              -         fast    10.0   0.5  ~0.50x"
         "         -           4.0 KiB              ?                -",
         "",
         "vs tvm: geomean 1.41x (0.50x to 4.00x), faster on 1 of 2",
@@ -214,7 +214,7 @@ def test_markdown(record):
         "| layer | im2win us | GFLOPS | TVM us | vs TVM | im2win workspace |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         "| one | 100.0 | 20.0 | 400.0 | 4.00x | 2.0 KiB |",
-        "| two | 200.0 | 10.0 | ~100.0 | 0.50x | 4.0 KiB |",
+        "| two | 200.0 | 10.0 | ~100.0 | ~0.50x | 4.0 KiB |",
         "| geomean |  |  |  | **1.41x** |  |",
     ]
 

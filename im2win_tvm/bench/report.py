@@ -13,6 +13,8 @@ __all__ = ["aligned", "best", "families", "markdown", "speedup", "table", "text"
 
 #: Families of many entries: one column in the table, and all of them in tables of their own.
 _GROUPED = ("cudnn", "cudnn-frontend")
+# Rivals whose times fit beside their ratios in the README.
+FEW = 3
 
 
 def best(layer: dict[str, Any], family: str) -> dict[str, Any] | None:
@@ -104,10 +106,14 @@ def speedup(layer: dict[str, Any], rival: Rival) -> float | None:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The README's table: the best of each family, ratios and workspaces."""
+    """The README's table: the best of each family, ratios and workspaces.
+
+    With more than FEW rivals their times are left out: ours and the ratios tell them.
+    """
     against = [rival for rival in rivals(record) if any(map(rival.best, record["layers"]))]
+    timed = against if len(against) <= FEW else []
     unit = units.throughput_unit(record["target"]["kind"])
-    head = ["layer", "im2win us", unit, *(f"{rival.label} us" for rival in against)]
+    head = ["layer", "im2win us", unit, *(f"{rival.label} us" for rival in timed)]
     head += [f"vs {rival.label}" for rival in against]
     head += ["im2win workspace"]
     rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
@@ -119,13 +125,13 @@ def markdown(record: dict[str, Any]) -> str:
         else:
             rate = units.throughput(layer["flops"], median_us(ours), unit)
             row += [units.microseconds(median_us(ours)), f"{rate:.1f}"]
-        row += [time_cell(rival.best(layer)) for rival in against]
+        row += [time_cell(rival.best(layer)) for rival in timed]
         row += [_ratio_cell(layer, rival) for rival in against]
         row.append(workspace_cell(ours))
         rows.append(row)
     means = (units.geomean(_speedups(record, rival)) for rival in against)
     bold = [f"**{units.ratio(mean)}**" if mean is not None else "-" for mean in means]
-    rows.append(["geomean", "", "", *[""] * len(against), *bold, ""])
+    rows.append(["geomean", "", "", *[""] * len(timed), *bold, ""])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -259,8 +265,11 @@ def _share_cell(layer: dict[str, Any], rate: float, ceilings: dict[str, Any]) ->
 
 
 def _ratio_cell(layer: dict[str, Any], rival: Rival) -> str:
+    """Their time over ours, marked as a time is where their output is outside its class."""
     value = speedup(layer, rival)
-    return "-" if value is None else units.ratio(value)
+    if value is None:
+        return "-"
+    return ("~" if rival.best(layer)["status"] == "outside" else "") + units.ratio(value)
 
 
 def _speedups(record: dict[str, Any], rival: Rival) -> list[float]:

@@ -49,20 +49,26 @@ def draw(record: dict[str, Any], path: str | Path) -> None:
     low, high = min(reach) / 2, max(reach) * 2
     ends = [low, ridge, high]
     axes.plot(ends, [attainable(at, ceilings) for at in ends], color="black", label="ceilings")
-    for name, intensity, rate in measured:
+    # Layers of like intensity lie close together: their names go below and above by turns.
+    for index, (name, intensity, rate) in enumerate(sorted(measured, key=lambda each: each[1])):
+        above = index % 2
         axes.plot(intensity, rate, "o", color="C0")
         axes.annotate(
             name,
             (intensity, rate),
-            (0, -8),
+            (0, 8 if above else -8),
             textcoords="offset points",
             fontsize=7,
             rotation=60,
-            ha="right",
-            va="top",
+            ha="left" if above else "right",
+            va="bottom" if above else "top",
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_ylim(top=1.4 * max(ceilings["sgemm"]["tflops"], *(rate for _, _, rate in measured)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("FLOP a byte (input, weights and output once)")
     axes.set_ylabel("TFLOPS")
     sgemm, copy = ceilings["sgemm"], ceilings["copy"]
