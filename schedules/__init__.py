@@ -2,6 +2,7 @@
 
 from .base import Schedule, ScheduleError
 from .cpu_blocked import SCHEDULE as CPU_BLOCKED
+from .cuda_mma import SCHEDULE as CUDA_MMA
 from .cuda_simt import EXPLICIT as CUDA_SIMT_EXPLICIT
 from .cuda_simt import IMPLICIT as CUDA_SIMT
 from .cuda_simt_async import EXPLICIT as CUDA_SIMT_ASYNC_EXPLICIT
@@ -15,6 +16,7 @@ SCHEDULES: dict[str, Schedule] = {
         CUDA_SIMT_ASYNC_EXPLICIT,
         CUDA_SIMT,
         CUDA_SIMT_EXPLICIT,
+        CUDA_MMA,
     )
 }
 

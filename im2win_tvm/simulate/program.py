@@ -3,7 +3,7 @@
 import numpy as np
 from tvm import tirx
 
-from . import ptx
+from . import matrices, ptx
 from .banks import Banks
 from .copies import Copies
 from .launch import launch
@@ -12,7 +12,7 @@ from .machine import Machine
 from .pointers import Space
 from .statements import Statements
 
-assert ptx  # imported for its entries in the table of intrinsics
+assert matrices and ptx  # imported for their entries in the table of intrinsics
 
 _LEAVING = ("tirx.break_loop", "tirx.continue_loop", "tirx.thread_return")
 _WARP_BARRIERS = ("tirx.cuda.warp_sync", "tirx.ptx.bar_warp_sync")

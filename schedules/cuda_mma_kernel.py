@@ -1,0 +1,273 @@
+"""The kernel of `cuda_mma`, in TIRx: what one block, one warp and one thread do."""
+
+# The bodies below are parsed as TIRx: their names are variables of the kernel, not of Python.
+# ruff: noqa: F823, F841
+
+import math
+
+from tvm import te, tirx
+from tvm.script import tirx as T
+
+from ..epilogue import Epilogue
+from ..expr import finish, gemm_sizes, window_position
+from ..problem import ConvProblem
+from .base import ALIGNMENT
+from .cuda_elementwise import elementwise
+from .cuda_mma_tiles import (
+    CHUNK,
+    GROUP,
+    MMA_K,
+    MMA_M,
+    MMA_P,
+    WARP,
+    Config,
+    reduction,
+    shared_bytes,
+)
+
+
+def prepare(problem: ConvProblem, config: Config):
+    """The filter as the fragments that lanes hold, a tile of it one contiguous run. Runs once.
+
+    ``[G, ceil(Og / block_m), K tiles, block_k / 16, block_m / 16, 32 lanes, 8]``: the eight halves
+    are what a lane holds of two matrices of 16 k by 8 channels. Column n of matrix j of the four
+    in GROUP is channel 8 (n // 2) + 2 j + n % 2, so that the two columns of a lane in each of the
+    four are eight neighbours.
+    """
+    sizes, axes, c = gemm_sizes(problem), reduction(problem, config), config
+    w = te.placeholder(problem.weight_shape, problem.dtype, name="w")
+    tiles = -(-sizes.m // c.block_m)
+
+    def element(group, tile, outer, step, pair, lane, held):
+        matrix = pair * 2 + held // 4
+        column = lane // 4
+        channel = matrix // 4 * GROUP + column // 2 * 8 + matrix % 4 * 2 + column % 2
+        k = step * MMA_K + held % 4 // 2 * 8 + lane % 4 * 2 + held % 2
+        ch, v, u, inside = window_position(problem, axes, outer, k)
+        o = tile * c.block_m + channel
+        return tirx.if_then_else(
+            tirx.all(*inside, o < sizes.m),
+            w[group * sizes.m + o, ch, u, v],
+            tirx.const(0, problem.dtype),
+        )
+
+    shape = (sizes.groups, tiles, axes.outer, c.block_k // MMA_K, c.block_m // 16, WARP, CHUNK)
+    return elementwise([w, te.compute(shape, element, name="packed")], "packed")
+
+
+def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
+    """x, packed filter (and bias, residual) -> y. NHWC."""
+    c, sizes, axes = config, gemm_sizes(problem), reduction(problem, config)
+    groups, out_channels, per_group = problem.groups, problem.out_channels, sizes.m
+    channels = problem.in_channels // groups
+    (height, width), (rows, columns) = problem.input_size, problem.output_size
+    hf, wf = problem.kernel_size
+    # Steps that are never taken count as 1: they may be too long for 32 bits.
+    sh, sw = (s if n > 1 else 1 for s, n in zip(problem.stride, (rows, columns), strict=True))
+    dh, dw = (d if n > 1 else 1 for d, n in zip(problem.dilation, (hf, wf), strict=True))
+    top, left = (before for before, _ in problem.padding)
+    padded = any(map(any, problem.padding))
+    in_w, line = problem.in_channels, problem.in_channels * width
+    in_n, pixels = line * height, rows * columns
+    inputs, outputs = math.prod(problem.input_shape), math.prod(problem.output_shape)
+    RAGGED = channels % c.block_k != 0  # the last tile of channels holds fewer
+
+    BM, BP, BK, STAGES, THREADS = c.block_m, c.block_p, c.block_k, c.stages, c.threads
+    M_TILES, P_TILES, K_TILES = -(-per_group // BM), -(-sizes.p // BP), axes.outer
+    WARPS_M = BM // c.warp_m
+    MP, MM = c.warp_p // MMA_P, c.warp_m // MMA_M  # matrices of a warp's tile
+    # Halves of a stage: the filter's fragments, then a row of BK channels for each pixel.
+    FILTER = BM * BK
+    STAGE = FILTER + BP * BK
+    # Copies of a tile, 128 bits each: CHUNKS neighbouring threads take the channels of a pixel.
+    CHUNKS = BK // CHUNK
+    FILTER_STEPS = FILTER // CHUNK // THREADS
+    PIXEL_STEPS = BP * CHUNKS // THREADS
+    NEXT_P = THREADS // CHUNKS
+    # Eight rows at the same chunk lie in eight different 16-byte columns of the 128 bytes that
+    # shared memory gives in a cycle: chunks are exchanged within a row by the row's number.
+    ROWS_OF_LINE = max(1, 8 // CHUNKS)
+    WHOLE = per_group % CHUNK == 0  # eight channels of a thread are one aligned vector of y
+
+    def place(p, chunk):
+        """Where the pixels' tile has chunk `chunk` of pixel `p`, in halves."""
+        return (p * CHUNKS + (chunk ^ (p // ROWS_OF_LINE % CHUNKS))) * CHUNK
+
+    # fmt: off
+    @T.prim_func
+    def function(
+        x: T.Buffer(problem.input_shape, "float16"),
+        packed: T.Buffer((groups, M_TILES, K_TILES, BK // MMA_K, BM // 16, WARP, CHUNK), "float16"),
+        bias: T.Buffer((out_channels,), "float16"),
+        residual: T.Buffer(problem.output_shape, "float16"),
+        y: T.Buffer(problem.output_shape, "float16"),
+    ):
+        T.device_entry()
+        T.attr({"tirx.launch_bounds_min_blocks_per_sm": c.blocks})
+        block = T.cta_id([groups * M_TILES * P_TILES])
+        thread = T.thread_id([THREADS])
+        x_flat = T.decl_buffer((inputs,), "float16", data=x.data)
+        packed_flat = T.decl_buffer(
+            (groups * M_TILES * K_TILES * FILTER,), "float16", data=packed.data)
+        y_flat = T.decl_buffer((outputs,), "float16", data=y.data)
+        if epilogue.residual:
+            residual_flat = T.decl_buffer((outputs,), "float16", data=residual.data)
+        else:
+            residual_flat = T.meta_var(None)
+        pool = T.SMEMPool()
+        ring = pool.alloc((shared_bytes(c) // 2,), "float16", align=128)
+        pool.commit()
+        words = T.decl_buffer((shared_bytes(c) // 4,), "uint32", data=ring.data)
+        lane: T.let = thread % WARP
+        warp: T.let = thread // WARP
+
+        # 1. Block tile. Tiles of M are neighbours: they read the same windows, from the L2 cache.
+        m_tile: T.let = block % M_TILES
+        group: T.let = block // M_TILES % groups
+        p_tile: T.let = block // (M_TILES * groups)
+
+        # 2. Windows that this thread copies from: offset of its chunk of the first tap; where
+        #    there is padding, row and column of it as well. Pixels beyond the last repeat it.
+        chunk: T.let = thread % CHUNKS
+        copy_p: T.let = thread // CHUNKS
+        start = T.alloc_local((PIXEL_STEPS,), "int32")
+        first_row = T.alloc_local((PIXEL_STEPS,), "int32")
+        first_column = T.alloc_local((PIXEL_STEPS,), "int32")
+        for j in T.unroll(PIXEL_STEPS):
+            p: T.let = T.min(p_tile * BP + copy_p + j * NEXT_P, sizes.p - 1)
+            if padded:
+                first_row[j] = p // columns % rows * sh - top
+                first_column[j] = p % columns * sw - left
+            start[j] = (p // pixels * in_n + group * channels + chunk * CHUNK
+                        + (p // columns % rows * sh - top) * line
+                        + (p % columns * sw - left) * in_w)
+
+        # 3. Copies of the next tile into the next stage, then one step on.
+        k_next: T.int32 = 0
+        tap_u: T.int32 = 0
+        tap_v: T.int32 = 0
+        channel: T.int32 = chunk * CHUNK  # of this thread's chunk, in the group
+        window_next: T.int32 = 0
+        filter_next: T.int32 = (group * M_TILES + m_tile) * (K_TILES * FILTER) + thread * CHUNK
+        stage_in: T.int32 = 0
+
+        @T.inline
+        def copy_pixels(j):
+            row = T.meta_var(first_row[j] + tap_u * dh)
+            column = T.meta_var(first_column[j] + tap_v * dw)
+            inside = T.meta_var(T.And(T.And(row >= 0, row < height),
+                                      T.And(column >= 0, column < width)))
+            within = T.meta_var(channel < channels)
+            valid = T.meta_var(
+                T.And(inside, within) if padded and RAGGED else inside if padded else within)
+            into = T.meta_var(
+                ring.ptr_to([stage_in + FILTER + place(copy_p + j * NEXT_P, chunk)]))
+            if padded or RAGGED:
+                # Zeros from beyond the input, and from beyond its channels.
+                T.ptx["cp.async.cg.shared.global"](
+                    into, x_flat.ptr_to([start[j] + window_next]), 16,
+                    T.if_then_else(valid, T.uint32(16), T.uint32(0)))
+            else:
+                T.ptx["cp.async.cg.shared.global"](
+                    into, x_flat.ptr_to([start[j] + window_next]), 16)
+
+        @T.inline
+        def copy_tile():
+            if k_next < K_TILES:
+                for i in T.unroll(FILTER_STEPS):
+                    T.ptx["cp.async.cg.shared.global"](
+                        ring.ptr_to([stage_in + (i * THREADS + thread) * CHUNK]),
+                        packed_flat.ptr_to([filter_next + i * THREADS * CHUNK]), 16)
+                for j in T.unroll(PIXEL_STEPS):
+                    copy_pixels(j)
+                filter_next = filter_next + FILTER
+                k_next = k_next + 1
+                stage_in = T.if_then_else(stage_in == (STAGES - 1) * STAGE, 0, stage_in + STAGE)
+                tap_v = tap_v + 1
+                window_next = window_next + dw * in_w
+                if tap_v == wf:
+                    tap_v = 0
+                    tap_u = tap_u + 1
+                    window_next = window_next + (dh * line - wf * dw * in_w)
+                    if tap_u == hf:
+                        tap_u = 0
+                        channel = channel + BK
+                        window_next = window_next + (BK - hf * dh * line)
+            # Empty groups at the end keep the count that wait_group relies on.
+            T.ptx["cp.async.commit_group"]()
+
+        for _ in T.unroll(STAGES - 1):
+            copy_tile()
+
+        # 4. Matrices of a warp: rows are pixels, columns channels. A lane gives the address of one
+        #    row of the four 8x8 matrices that make 16 pixels by 16 channels.
+        warp_m: T.let = warp % WARPS_M * c.warp_m
+        warp_p: T.let = warp // WARPS_M * c.warp_p
+        acc = T.alloc_local((MP * MM * 4,), "float32")
+        a = T.alloc_local((MP * 4,), "uint32")
+        b = T.alloc_local((MM * 2,), "uint32")
+        for i in T.unroll(MP * MM * 4):
+            acc[i] = T.float32(0)
+        stage_out: T.int32 = 0  # in vectors, so that the compiler sees the alignment
+        for _ in T.serial(K_TILES):
+            # The barrier that publishes this tile also says that all have read the one before:
+            # its stage is the one that the next copies fill.
+            T.ptx["cp.async.wait_group"](STAGES - 2)
+            T.cuda.cta_sync()
+            copy_tile()
+            for step in T.unroll(BK // MMA_K):
+                for pair in T.unroll(MM // 2):
+                    for e in T.vectorized(4):
+                        b[pair * 4 + e] = words[
+                            (stage_out + (step * (BM // 16) + warp_m // 16 + pair) * WARP + lane)
+                            * 4 + e]
+                for i in T.unroll(MP):
+                    T.ptx["ldmatrix.sync.aligned.m8n8.x4.shared.b16"](
+                        a[i * 4], a[i * 4 + 1], a[i * 4 + 2], a[i * 4 + 3],
+                        ring.ptr_to([stage_out * CHUNK + FILTER + place(
+                            warp_p + i * MMA_P + lane % 16, step * 2 + lane // 16)]))
+                for i in T.unroll(MP):
+                    for j in T.unroll(MM):
+                        T.ptx["mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"](
+                            *[acc[(i * MM + j) * 4 + r] for r in range(4)],
+                            *[a[i * 4 + r] for r in range(4)],
+                            b[j * 2], b[j * 2 + 1],
+                            *[acc[(i * MM + j) * 4 + r] for r in range(4)])
+            stage_out = T.if_then_else(
+                stage_out == (STAGES - 1) * (STAGE // CHUNK), 0, stage_out + STAGE // CHUNK)
+
+        # 5. Store, with the epilogue on the way: a lane has eight neighbouring channels of a
+        #    pixel, a pair of each of four matrices.
+        out = T.alloc_local((CHUNK,), "float16")
+        extra = T.alloc_local((CHUNK,), "float16")
+        for i in T.unroll(MP):
+            for half in T.unroll(2):
+                p: T.let = p_tile * BP + warp_p + i * MMA_P + half * 8 + lane // 4
+                for q in T.unroll(c.warp_m // GROUP):
+                    m: T.let = m_tile * BM + warp_m + q * GROUP + lane % 4 * CHUNK
+                    ch: T.let = group * per_group + m
+                    at: T.let = p * out_channels + ch
+                    if WHOLE:
+                        if T.And(p < sizes.p, m < per_group):
+                            if epilogue.residual:
+                                for e in T.vectorized(CHUNK):
+                                    extra[e] = residual_flat[at + e]
+                            for e in T.unroll(CHUNK):
+                                out[e] = finish(
+                                    acc[(i * MM + q * 4 + e // 2) * 4 + half * 2 + e % 2],
+                                    ch + e, [e], problem, epilogue, bias, extra)
+                            for e in T.vectorized(CHUNK):
+                                y_flat[at + e] = out[e]
+                    else:
+                        for e in T.unroll(CHUNK):
+                            if T.And(p < sizes.p, m + e < per_group):
+                                y_flat[at + e] = finish(
+                                    acc[(i * MM + q * 4 + e // 2) * 4 + half * 2 + e % 2],
+                                    ch + e, [at + e], problem, epilogue, bias, residual_flat)
+    # fmt: on
+
+    unused = ("" if epilogue.bias else "bias", "" if epilogue.residual else "residual")
+    parameters = [p for p in function.params if p.name not in unused]
+    function = tirx.PrimFunc(parameters, function.body, function.ret_type, function.attrs)
+    vectors = {"x": 16} | ({"y": 16, "residual": 16} if WHOLE else {})
+    return function.with_attr(ALIGNMENT, vectors)

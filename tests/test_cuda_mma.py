@@ -1,0 +1,211 @@
+"""The mma.sync schedule on a machine without a GPU: simulated, and through nvcc."""
+
+import functools
+import itertools
+import random
+
+import numpy as np
+import pytest
+from emulated import assert_nan_and_infinity_stay_local, assert_right
+from problems import edge_problems, odd_problems, problem_id
+from simt_switches import TARGET
+
+import im2win_tvm
+from im2win_tvm import lower, simulate, suites, toolchain
+from im2win_tvm.epilogue import NONE, Epilogue
+from im2win_tvm.problem import ConvProblem
+from im2win_tvm.schedules import SCHEDULES, ScheduleError
+from im2win_tvm.schedules.cuda_mma_kernel import convolve
+from im2win_tvm.schedules.cuda_mma_tiles import Config
+from im2win_tvm.target import CudaTarget
+
+FORM = "cuda_mma"
+SCHEDULE = SCHEDULES[FORM]
+# 38 output channels and 40 of the input a group, padding and steps that differ: all tails.
+RAGGED = ConvProblem(
+    3, 80, (9, 11), 76, (3, 2), (1, 2), ((0, 1), (1, 0)), (1, 2), 2, "float16", "NHWC"
+)
+WHOLE = ConvProblem(2, 64, (8, 8), 64, 3, dtype="float16", layout="NHWC")
+assert_equal = functools.partial(assert_right, FORM, kinds=("integer",))
+
+
+def eights(problems):
+    """The problems with eights of input channels in each group, each once."""
+    found = {}
+    for problem in problems:
+        channels = -(-problem.in_channels // problem.groups // 8) * 8 * problem.groups
+        fields = dict(in_channels=channels, dtype="float16", layout="NHWC")
+        found[problem.replace(**fields)] = None
+    return list(found)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        *eights(odd_problems(11, 16, most_work=200_000)),
+        *(
+            pytest.param(problem, marks=pytest.mark.slow)
+            for problem in eights(
+                [*(p for _, p in edge_problems()), *odd_problems(12, 120, most_work=1_000_000)]
+            )
+        ),
+    ],
+    ids=problem_id,
+)
+def test_odd_problems(problem):
+    assert_equal(problem)
+
+
+@pytest.mark.parametrize("problem", [RAGGED, WHOLE], ids=problem_id)
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(32, 32, 32, 32, 16, stages=2),
+        Config(32, 32, 64, 32, 16, stages=3),
+        Config(64, 16, 32, 32, 16, stages=4),
+        Config(64, 64, 32, 64, 16, stages=8),
+        Config(128, 64, 64, 32, 64, stages=2),
+        Config(64, 256, 32, 64, 64, stages=3),
+        Config(32, 128, 32, 32, 128, stages=2),
+        Config(128, 32, 32, 128, 32, stages=2),
+    ],
+    ids=str,
+)
+def test_configurations(problem, config):
+    assert_equal(problem, config)
+
+
+@pytest.mark.parametrize("turn", range(6))
+def test_sampled_configurations(turn):
+    chance = random.Random(turn)
+    config = chance.choice(list(SCHEDULE.configs(RAGGED, TARGET)))
+    assert_right(FORM, RAGGED, config, Epilogue(True, True, "relu"), kinds=("integer", "normal"))
+
+
+@pytest.mark.parametrize(
+    ("bias", "residual", "activation"),
+    list(itertools.product([False, True], [False, True], [None, "relu"])),
+)
+def test_epilogues(bias, residual, activation):
+    epilogue = Epilogue(bias, residual, activation)
+    assert_equal(RAGGED, epilogue=epilogue)
+    assert_equal(WHOLE, epilogue=epilogue)
+
+
+@pytest.mark.parametrize("problem", [RAGGED, WHOLE], ids=problem_id)
+def test_nan_and_infinity_reach_the_outputs_that_read_them_and_no_others(problem):
+    assert_nan_and_infinity_stay_local(FORM, problem)
+
+
+@pytest.mark.parametrize("block_k", [32, 64])
+@pytest.mark.parametrize("problem", [RAGGED, WHOLE], ids=problem_id)
+def test_shared_memory_has_no_bank_conflicts(problem, block_k):
+    function = convolve(problem, Config(64, 64, block_k, 32, 32), NONE)
+    arrays = {p.name: np.ones([int(n) for n in p.shape], "float16") for p in function.params}
+    report = simulate.run(function, arrays, conflicts=True)
+    assert sum(entry.wavefronts for entry in report.conflicts.values()) > 1000
+    assert [s for s, entry in report.conflicts.items() if entry.extra] == []
+
+
+def test_every_proposal_is_valid_and_so_is_the_default():
+    for target in (TARGET, CudaTarget("sm_80"), CudaTarget("sm_86"), CudaTarget("sm_89")):
+        proposed = list(SCHEDULE.configs(RAGGED, target))
+        assert len(set(proposed)) == len(proposed) > 50
+        for config in (*proposed, SCHEDULE.default(RAGGED, target)):
+            assert SCHEDULE.check(config, RAGGED, target) is None, config
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(block_m=0), "block_m=0: allowed are whole numbers from 1"),
+        (dict(blocks=True), "blocks=True: allowed are whole numbers from 1"),
+        (dict(block_k=48), "block_k=48: allowed are 32 and 64"),
+        (dict(warp_m=16), "warp_m=16: a multiple of 32 that divides block_m=32"),
+        (dict(warp_m=64), "warp_m=64: a multiple of 32 that divides block_m=32"),
+        (dict(warp_p=24), "warp_p=24: a multiple of 16 that divides block_p=32"),
+        (
+            dict(block_m=128, warp_m=128, block_p=64, warp_p=64),
+            "warp_m=128, warp_p=64: more than 128 sums a thread",
+        ),
+        (dict(block_p=1024), "block_m=32, block_p=1024: 2048 threads, above 1024"),
+        (
+            dict(block_m=96, block_p=16),
+            "block_p=16: its 64 copies do not divide among 96 threads",
+        ),
+        (dict(stages=1), "stages=1: allowed are 2 to 8"),
+        (dict(blocks=33), "blocks=33: a multiprocessor takes 2048 threads"),
+        (
+            dict(blocks=20),
+            "blocks=20: 20 times 64 threads of some 82 registers; a multiprocessor has 65536",
+        ),
+        (
+            dict(block_m=128, block_p=256, warp_m=64, warp_p=64, block_k=64, stages=5),
+            "stages=5: 246784 bytes of 233472, shared memory",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_refused_configurations(fields, message):
+    config = {**vars(Config(32, 32, 32, 32, 16)), **fields}
+    assert SCHEDULE.check(Config(**config), RAGGED, TARGET) == message
+    with pytest.raises(ScheduleError) as caught:
+        im2win_tvm.compile(RAGGED, TARGET, schedule=FORM, config=config)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("fields", "target", "message"),
+    [
+        (dict(dtype="float32"), TARGET, "dtype=float32: cuda_mma takes float16"),
+        (dict(layout="NCHW"), TARGET, "layout=NCHW: cuda_mma takes NHWC"),
+        ({}, CudaTarget("sm_75"), "arch=sm_75: cuda_mma takes sm_80 and later"),
+        (
+            dict(in_channels=42),
+            TARGET,
+            "in_channels/groups=21: cuda_mma takes multiples of 8",
+        ),
+        (
+            dict(stride=4000, padding=6000),
+            TARGET,
+            "padding=((6000, 6000), (6000, 6000)): with it the input has 2**31 elements or more",
+        ),
+    ],
+)
+def test_refused_problems(fields, target, message):
+    assert SCHEDULE.supports(RAGGED, TARGET) is None
+    assert SCHEDULE.supports(RAGGED.replace(**fields), target) == message
+
+
+@pytest.mark.nvcc
+@pytest.mark.parametrize(
+    ("layer", "arch", "config"),
+    [
+        ("conv9", "sm_80", None),
+        ("conv8", "sm_86", Config(128, 128, 32, 64, 64, 3)),
+        ("conv12", "sm_89", Config(128, 64, 64, 32, 32, 3)),
+        ("conv6", "sm_90", Config(64, 128, 64, 32, 64, 3, 2)),
+    ],
+)
+def test_code(layer, arch, config, tmp_path):
+    """No spills; copies, operands, products and stores by the instructions that they are for."""
+    problem = suites.suite("paper", 128, dtype="float16", layout="NHWC")[layer]
+    target = CudaTarget(arch)
+    module = SCHEDULE.build(problem, config or SCHEDULE.default(problem, target), target)
+    source = lower.cuda_source(lower.lower(module), target)
+    (tmp_path / "kernel.cu").write_text(source)
+    report = toolchain.build_cuda_library(
+        tmp_path / "kernel.so", tmp_path / "kernel.cu", target.arch, []
+    )
+    kernels = toolchain.parse_resources(report)
+    assert {k.kernel for k in kernels} == {"im2win_prepare_kernel", "im2win_conv_kernel"}
+    assert all(k.stack_bytes == k.spill_store_bytes == k.spill_load_bytes == 0 for k in kernels)
+    ptx = toolchain.compile_ptx(source, target.arch)
+    for instruction in (
+        "cp.async.cg.shared.global",
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
+        "ld.shared.v4.u32",
+        "st.global.v4.u32",
+    ):
+        assert instruction in ptx, instruction
