@@ -24,7 +24,13 @@ from im2win_tvm.problem import ConvProblem
 from im2win_tvm.schedules import SCHEDULES
 from im2win_tvm.target import resolve
 
-FORMS = ("cuda_simt", "cuda_simt_explicit", "cuda_simt_async", "cuda_simt_async_explicit")
+FORMS = (
+    "cuda_simt",
+    "cuda_simt_explicit",
+    "cuda_simt_async",
+    "cuda_simt_async_explicit",
+    "cuda_mma",
+)
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FULL = Epilogue(True, True, "relu")
 # Ragged in every extent; whole vectors; strides, dilation, groups; more tiles of K than stages.
@@ -33,6 +39,12 @@ CASES = (
     (ConvProblem(3, 6, (11, 13), 22, (3, 4), (2, 1), ((1, 2), (0, 1)), 1, 2, layout="NHWC"), FULL),
     (ConvProblem(2, 8, (8, 8), 16, 3, padding=1), NONE),
     (ConvProblem(2, 8, (8, 8), 16, 3, padding=1, dtype="float16", layout="NHWC"), FULL),
+    (
+        ConvProblem(
+            3, 80, (9, 11), 76, (3, 2), (1, 2), ((0, 1), (1, 0)), (1, 2), 2, "float16", "NHWC"
+        ),
+        FULL,
+    ),
     (ConvProblem(1, 3, (27, 31), 9, 11, 4), NONE),
     (ConvProblem(1, 13, (8, 9), 13, 3, 2, 1, (1, 2), 13), NONE),
     (ConvProblem(1, 67, (7, 5), 70, 3, padding=1, dtype="float16"), NONE),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 
 from im2win_tvm.problem import ConvProblem, ProblemError
@@ -102,6 +102,16 @@ def _draw(chance: random.Random, layout: str, dtype: str) -> ConvProblem:
         dtype=dtype,
         layout=layout,
     )
+
+
+def eights(problems: Iterable[ConvProblem]) -> list[ConvProblem]:
+    """The problems in float16 and NHWC, with eights of input channels a group, each once."""
+    found = {}
+    for problem in problems:
+        channels = -(-problem.in_channels // problem.groups // 8) * 8 * problem.groups
+        changed = problem.replace(in_channels=channels, dtype="float16", layout="NHWC")
+        found[changed] = None
+    return list(found)
 
 
 def problem_id(problem: ConvProblem) -> str:

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 from emulated import assert_nan_and_infinity_stay_local, assert_right
-from problems import edge_problems, odd_problems, problem_id
+from problems import edge_problems, eights, odd_problems, problem_id
 from simt_switches import TARGET
 
 import im2win_tvm
@@ -27,16 +27,6 @@ RAGGED = ConvProblem(
 )
 WHOLE = ConvProblem(2, 64, (8, 8), 64, 3, dtype="float16", layout="NHWC")
 assert_equal = functools.partial(assert_right, FORM, kinds=("integer",))
-
-
-def eights(problems):
-    """The problems with eights of input channels in each group, each once."""
-    found = {}
-    for problem in problems:
-        channels = -(-problem.in_channels // problem.groups // 8) * 8 * problem.groups
-        fields = dict(in_channels=channels, dtype="float16", layout="NHWC")
-        found[problem.replace(**fields)] = None
-    return list(found)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from problems import DTYPES, edge_problems, odd_problems, problem_id
+from problems import DTYPES, edge_problems, eights, odd_problems, problem_id
 
 import im2win_tvm
 from im2win_tvm import ArgumentError, builds, reference, suites, tensors
@@ -26,7 +26,7 @@ from im2win_tvm.target import resolve
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
-# Every CUDA schedule, and the narrowest dtype that it takes.
+# Every CUDA schedule of all float32 problems, and the narrowest dtype that it takes.
 FORMS = {
     "cuda_simt": "float16",
     "cuda_simt_explicit": "float16",
@@ -46,6 +46,16 @@ PAPER = {
     for layout in ("NCHW", "NHWC")
     for name, problem in suites.suite("paper", batch=128, layout=layout).items()
 }
+# Of the schedule that takes float16 in NHWC alone; the paper's layers are those of many channels.
+MATRIX = "cuda_mma"
+MATRIX_PAPER = {
+    name: suites.suite("paper", batch=128, dtype="float16", layout="NHWC")[name]
+    for name in ("conv4", "conv5", "conv6", "conv8", "conv9", "conv10", "conv11", "conv12")
+}
+MATRIX_PROBLEMS = eights([*EDGES.values(), *ODD])
+MATRIX_RAGGED = ConvProblem(
+    3, 80, (9, 11), 76, (3, 2), (1, 2), ((0, 1), (1, 0)), (1, 2), 2, "float16", "NHWC"
+)
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -86,6 +96,8 @@ def built(request):
         for form, (problem, epilogue) in itertools.product(FORMS, WANTED)
         if takes(form, problem) and (problem not in MANY or (form, problem) in selected)
     ]
+    keys += [(MATRIX, (problem, NONE)) for form, problem in selected if form == MATRIX]
+    keys += [(MATRIX, (MATRIX_RAGGED, epilogue)) for epilogue in EPILOGUES]
     started = time.perf_counter()
     kernels = builds.build_all(
         [
@@ -164,6 +176,22 @@ def test_odd_problems(problem, form, kernel_of):
     assert_right(kernel_of(form, problem))
 
 
+@pytest.mark.parametrize("form", [MATRIX])
+@pytest.mark.parametrize("problem", MATRIX_PROBLEMS, ids=problem_id)
+def test_matrix_products(problem, form, kernel_of):
+    assert_right(kernel_of(form, problem))
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
+def test_epilogues_of_matrix_products(epilogue, kernel_of):
+    kernel = kernel_of(MATRIX, MATRIX_RAGGED, epilogue)
+    assert_right(kernel)
+    made, _ = solved(MATRIX_RAGGED, epilogue, kind="normal")
+    first = run(kernel, made)
+    for _ in range(20):
+        assert torch().equal(run(kernel, made), first)
+
+
 @every_form
 @pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
 def test_epilogues(epilogue, form, kernel_of):
@@ -185,13 +213,25 @@ def exact(x, w, problem):
     return y.permute(0, 2, 3, 1) if problem.channels_last else y
 
 
+@pytest.mark.parametrize("form", [MATRIX])
+@pytest.mark.parametrize("problem", MATRIX_PAPER.values(), ids=MATRIX_PAPER)
+def test_paper_layers_as_matrix_products(problem, form, kernel_of):
+    assert_close_to_float64(kernel_of(form, problem))
+
+
 @every_form_with({"-".join(key): problem for key, problem in PAPER.items()})
 def test_paper_layers(problem, form, kernel_of):
+    assert_close_to_float64(kernel_of(form, problem))
+
+
+def assert_close_to_float64(kernel):
     """Against float64 on the device in chunks of images; the largest takes some 10 GiB."""
-    kernel = kernel_of(form, problem)
+    problem = kernel.problem
+    dtype = getattr(torch(), problem.dtype)
     generator = torch().Generator(DEVICE).manual_seed(3)
-    x = torch().randn(problem.input_shape, generator=generator, device=DEVICE)
+    x = torch().randn(problem.input_shape, generator=generator, device=DEVICE).to(dtype)
     w = torch().randn(problem.weight_shape, generator=generator, device=DEVICE) / problem.k**0.5
+    w = w.to(dtype)
     out = kernel(x, w, out=poisoned(problem))
     # Unit variance in, 1/K in the weights: the outputs' scale is 1.
     limits = tensors.rounding_limits(problem, 1.0)
