@@ -40,7 +40,7 @@ from im2win_tvm.problem import LAYOUTS, ConvProblem, ProblemError, descriptor_na
 __all__ = ["BatchError", "Case", "read_problems"]
 
 _WORD = re.compile(r'(?:"[^"]*"|\S)+')
-_DTYPES = {"f32": "float32", "f16": "float16"}
+_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _ROOM = 1 << 40
 # Tag -> (channels last, number of axes); None where the tag leaves it open.
 _TAGS: dict[str, tuple[bool | None, int | None]] = {
@@ -180,7 +180,9 @@ class _Reader:
         def dtype(entry: str) -> str:
             parts = set(entry.split(":"))
             if len(parts) != 1 or not parts <= set(_DTYPES):
-                raise refuse("--dt=f32|f16, the same for all tensors, or a comma list of these")
+                raise refuse(
+                    f"--dt={'|'.join(_DTYPES)}, the same for all tensors, or a comma list of these"
+                )
             return _DTYPES[parts.pop()]
 
         def size(entry: str) -> int:

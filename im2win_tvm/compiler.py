@@ -83,7 +83,7 @@ def describe(
         "problem": dataclasses.asdict(problem),
         "descriptor": str(problem),
         "epilogue": dataclasses.asdict(epilogue),
-        "accuracy": {"float32": "fp32", "float16": "fp16"}[problem.dtype],
+        "accuracy": {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[problem.dtype],
         "schedule": {
             "name": schedule.name,
             "config": dataclasses.asdict(choice.config),

@@ -9,12 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from . import arrays, artifact
 from .arrays import ArgumentError, Expected
 from .epilogue import Epilogue
-from .problem import ConvProblem
+from .problem import DTYPES, ConvProblem
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ class Kernel:
         each thread.
         """
         allocated = sum(
-            math.prod(self._expected[name].shape) * np.dtype(self._expected[name].dtype).itemsize
+            math.prod(self._expected[name].shape) * DTYPES[self._expected[name].dtype]
             for name in self.metadata["workspaces"]
         )
         scratch = self.metadata["scratch_bytes_per_thread"]

@@ -20,7 +20,7 @@ from im2win_tvm.descriptor import (
 __all__ = ["DTYPES", "LAYOUTS", "ConvProblem", "ProblemError", "descriptor_name"]
 
 #: Bytes an element of every dtype takes.
-DTYPES = {"float32": 4, "float16": 2}
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 #: Allowed layouts of input and output by number of spatial axes, channels-first one first.
 LAYOUTS = {1: ("NCW", "NWC"), 2: ("NCHW", "NHWC"), 3: ("NCDHW", "NDHWC")}

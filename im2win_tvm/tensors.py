@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from math import prod, sqrt
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from im2win_tvm.problem import ConvProblem
@@ -25,14 +26,15 @@ __all__ = [
 KINDS = ("normal", "integer")
 
 _EPS32 = float(np.finfo(np.float32).eps)
-_EPS16 = float(np.finfo(np.float16).eps)
-_TINY16 = float(np.finfo(np.float16).smallest_subnormal)
-# From here on float16 rounds to infinity.
+# Types of two bytes: what they round outputs by, and to.
+_EPS = {dtype: float(ml_dtypes.finfo(dtype).eps) for dtype in ("float16", "bfloat16")}
+_TINY = {dtype: float(ml_dtypes.finfo(dtype).smallest_subnormal) for dtype in _EPS}
+# From here on float16 rounds to infinity; bfloat16 has float32's range.
 _OVERFLOW16 = 65520.0
-# Largest integer up to which all are exact: in float32 sums, and in a float16 output.
-_EXACT = {"float32": 1 << 24, "float16": 1 << 11}
-# Largest |x| and |w|. Smaller ones leave a float16 sum room for more products.
-_LARGEST = {"float32": (4, 4), "float16": (2, 2)}
+# Largest integer up to which all are exact: in float32 sums, and in an output of two bytes.
+_EXACT = {"float32": 1 << 24, "float16": 1 << 11, "bfloat16": 1 << 8}
+# Largest |x| and |w|. Smaller ones leave a sum of few exact integers room for more products.
+_LARGEST = {"float32": (4, 4), "float16": (2, 2), "bfloat16": (2, 1)}
 _LARGEST_ADDEND = 8  # |bias| and |residual|
 # Fewer outputs than this might all cancel to zero if signs were random.
 _FEW_OUTPUTS = 64
@@ -79,9 +81,9 @@ def fill(
 
     "normal": x, bias and residual are of unit variance, w of variance 1/K, so that outputs are of
     unit scale. "integer": small integers such that every partial sum, bias and residual
-    included, is exact in float32 and, for float16, in float16 (at most 2048); weights are thinned
-    out where K is too large for that. Outputs are all zero only where every window lies in the
-    padding. Raises ValueError for an unknown ``kind``.
+    included, is exact in float32 and in a shorter output (at most 2048 in float16, 256 in
+    bfloat16); weights are thinned out where K is too large for that. Outputs are all zero only
+    where every window lies in the padding. Raises ValueError for an unknown ``kind``.
     """
     _require_kind(kind)
     streams = [np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4)]
@@ -118,10 +120,10 @@ def check(
     ``actual`` has problem.output_shape and problem.dtype; ``expected64`` the same shape, float64.
     "integer" asks for equality. "normal" allows what summing K products of :func:`fill`'s tensors
     in float32 in any order rounds off, by element and over all (relative Frobenius norm), and for
-    float16 the rounding of the output too; TF32 or half-precision sums do not pass as float32. An
-    output that is mostly zero where the reference is not fails. The message of a failure names
-    the worst index, both values and how many are wrong. Raises ValueError for an unknown
-    ``kind`` and for a reference of another shape.
+    float16 and bfloat16 the rounding of the output too; TF32 or half-precision sums do not pass
+    as float32. An output that is mostly zero where the reference is not fails. The message of a
+    failure names the worst index, both values and how many are wrong. Raises ValueError for an
+    unknown ``kind`` and for a reference of another shape.
     """
     _require_kind(kind)
     if np.shape(expected64) != problem.output_shape:
@@ -248,9 +250,10 @@ def rounding_limits(problem: ConvProblem, scale: float) -> Limits:
     # by a third of this limit; the errors of TF32 products are far outside.
     walk = 4 * _EPS32 * sqrt(problem.k)
     norm = 4 * _EPS32 + _EPS32 * sqrt(problem.k)
-    if problem.dtype == "float16":
+    if problem.dtype in _EPS:
         # One rounding of the output, and tensor cores cut partial sums off instead of rounding.
-        return Limits(2 * walk * scale + _TINY16, _EPS16, 2 * norm + _EPS16 / 2)
+        eps, tiny = _EPS[problem.dtype], _TINY[problem.dtype]
+        return Limits(2 * walk * scale + tiny, eps, 2 * norm + eps / 2)
     return Limits(walk * scale, 4 * _EPS32, norm)
 
 

@@ -64,6 +64,12 @@ class CpuBlocked(Schedule):
     name = "cpu_blocked"
     kind = "llvm"
 
+    def supports(self, problem: ConvProblem, target: CpuTarget) -> str | None:
+        reason = super().supports(problem, target)
+        if reason is None and problem.dtype == "bfloat16":
+            reason = f"dtype=bfloat16: {self.name} takes float32 and float16"
+        return reason
+
     def check(self, config: Config, problem: ConvProblem, target: CpuTarget) -> str | None:
         for field, value in vars(config).items():
             if not isinstance(value, int) or value < 1:

@@ -10,7 +10,7 @@ channels of one tap:
 * The columns of the product are channels in an order that leaves each thread eight neighbours of
   them: outputs go from registers to memory by 128 bits.
 
-float16 in and out, float32 sums. NHWC, in_channels / groups a multiple of 8.
+float16 or bfloat16 in and out, float32 sums. NHWC, in_channels / groups a multiple of 8.
 """
 
 import itertools
@@ -28,6 +28,7 @@ from .cuda_mma_tiles import (
     CHUNK,
     GROUP,
     MMA_P,
+    MULTIPLICANDS,
     WARP,
     Config,
     reduction,
@@ -48,8 +49,9 @@ class CudaMma(Schedule):
 
     def supports(self, problem, target):
         reason = super().supports(problem, target)
-        if reason is None and problem.dtype != "float16":
-            reason = f"dtype={problem.dtype}: {self.name} takes float16"
+        if reason is None and problem.dtype not in MULTIPLICANDS:
+            allowed = " and ".join(MULTIPLICANDS)
+            reason = f"dtype={problem.dtype}: {self.name} takes {allowed}"
         if reason is None and not problem.channels_last:
             reason = f"layout={problem.layout}: {self.name} takes NHWC"
         if reason is None and target.capability < 80:

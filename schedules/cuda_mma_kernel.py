@@ -19,6 +19,7 @@ from .cuda_mma_tiles import (
     MMA_K,
     MMA_M,
     MMA_P,
+    MULTIPLICANDS,
     WARP,
     Config,
     reduction,
@@ -72,6 +73,8 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
     inputs, outputs = math.prod(problem.input_shape), math.prod(problem.output_shape)
     RAGGED = channels % c.block_k != 0  # the last tile of channels holds fewer
 
+    DTYPE, KIND = problem.dtype, MULTIPLICANDS[problem.dtype]
+    MMA = f"mma.sync.aligned.m16n8k16.row.col.f32.{KIND}.{KIND}.f32"
     BM, BP, BK, STAGES, THREADS = c.block_m, c.block_p, c.block_k, c.stages, c.threads
     M_TILES, P_TILES, K_TILES = -(-per_group // BM), -(-sizes.p // BP), axes.outer
     WARPS_M = BM // c.warp_m
@@ -96,26 +99,26 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
     # fmt: off
     @T.prim_func
     def function(
-        x: T.Buffer(problem.input_shape, "float16"),
-        packed: T.Buffer((groups, M_TILES, K_TILES, BK // MMA_K, BM // 16, WARP, CHUNK), "float16"),
-        bias: T.Buffer((out_channels,), "float16"),
-        residual: T.Buffer(problem.output_shape, "float16"),
-        y: T.Buffer(problem.output_shape, "float16"),
+        x: T.Buffer(problem.input_shape, DTYPE),
+        packed: T.Buffer((groups, M_TILES, K_TILES, BK // MMA_K, BM // 16, WARP, CHUNK), DTYPE),
+        bias: T.Buffer((out_channels,), DTYPE),
+        residual: T.Buffer(problem.output_shape, DTYPE),
+        y: T.Buffer(problem.output_shape, DTYPE),
     ):
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": c.blocks})
         block = T.cta_id([groups * M_TILES * P_TILES])
         thread = T.thread_id([THREADS])
-        x_flat = T.decl_buffer((inputs,), "float16", data=x.data)
+        x_flat = T.decl_buffer((inputs,), DTYPE, data=x.data)
         packed_flat = T.decl_buffer(
-            (groups * M_TILES * K_TILES * FILTER,), "float16", data=packed.data)
-        y_flat = T.decl_buffer((outputs,), "float16", data=y.data)
+            (groups * M_TILES * K_TILES * FILTER,), DTYPE, data=packed.data)
+        y_flat = T.decl_buffer((outputs,), DTYPE, data=y.data)
         if epilogue.residual:
-            residual_flat = T.decl_buffer((outputs,), "float16", data=residual.data)
+            residual_flat = T.decl_buffer((outputs,), DTYPE, data=residual.data)
         else:
             residual_flat = T.meta_var(None)
         pool = T.SMEMPool()
-        ring = pool.alloc((shared_bytes(c) // 2,), "float16", align=128)
+        ring = pool.alloc((shared_bytes(c) // 2,), DTYPE, align=128)
         pool.commit()
         words = T.decl_buffer((shared_bytes(c) // 4,), "uint32", data=ring.data)
         lane: T.let = thread % WARP
@@ -228,7 +231,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
                             warp_p + i * MMA_P + lane % 16, step * 2 + lane // 16)]))
                 for i in T.unroll(MP):
                     for j in T.unroll(MM):
-                        T.ptx["mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"](
+                        T.ptx[MMA](
                             *[acc[(i * MM + j) * 4 + r] for r in range(4)],
                             *[a[i * 4 + r] for r in range(4)],
                             b[j * 2], b[j * 2 + 1],
@@ -238,8 +241,8 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
 
         # 5. Store, with the epilogue on the way: a lane has eight neighbouring channels of a
         #    pixel, a pair of each of four matrices.
-        out = T.alloc_local((CHUNK,), "float16")
-        extra = T.alloc_local((CHUNK,), "float16")
+        out = T.alloc_local((CHUNK,), DTYPE)
+        extra = T.alloc_local((CHUNK,), DTYPE)
         for i in T.unroll(MP):
             for half in T.unroll(2):
                 p: T.let = p_tile * BP + warp_p + i * MMA_P + half * 8 + lane // 4

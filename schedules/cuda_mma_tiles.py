@@ -8,6 +8,8 @@ from ..problem import ConvProblem
 WARP = 32
 # Halves of a 128-bit access: of a copy, of a row of an 8x8 matrix, of a store.
 CHUNK = 8
+# What mma calls the types that it multiplies.
+MULTIPLICANDS = {"float16": "f16", "bfloat16": "bf16"}
 # mma.m16n8k16: rows are pixels, columns channels.
 MMA_P, MMA_M, MMA_K = 16, 8, 16
 # Channels over whose matrices a thread's sums are spread so that it ends up with CHUNK neighbours.

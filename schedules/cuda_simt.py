@@ -193,6 +193,8 @@ class CudaSimt(Schedule):
 
     def supports(self, problem, target):
         reason = super().supports(problem, target)
+        if reason is None and problem.dtype == "bfloat16":
+            reason = f"dtype=bfloat16: {self.name} takes float32 and float16"
         if reason is None and gemm_sizes(problem).groups > MAX_GRID_YZ:
             reason = f"groups={problem.groups}: {self.name} takes up to {MAX_GRID_YZ}"
         if reason is None and self.explicit and im2win_elements(problem) >= 2**31:

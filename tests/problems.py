@@ -105,13 +105,15 @@ def _draw(chance: random.Random, layout: str, dtype: str) -> ConvProblem:
 
 
 def eights(problems: Iterable[ConvProblem]) -> list[ConvProblem]:
-    """The problems in float16 and NHWC, with eights of input channels a group, each once."""
+    """The problems in NHWC with eights of input channels a group, each once.
+
+    float16 and bfloat16 take turns.
+    """
     found = {}
     for problem in problems:
         channels = -(-problem.in_channels // problem.groups // 8) * 8 * problem.groups
-        changed = problem.replace(in_channels=channels, dtype="float16", layout="NHWC")
-        found[changed] = None
-    return list(found)
+        found[problem.replace(in_channels=channels, dtype="float16", layout="NHWC")] = None
+    return [p.replace(dtype=("float16", "bfloat16")[turn % 2]) for turn, p in enumerate(found)]
 
 
 def problem_id(problem: ConvProblem) -> str:

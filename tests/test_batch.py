@@ -156,7 +156,7 @@ def test_errors_name_file_and_line(listed, tmp_path, line, message):
         ("--dir=BWD_D", r"option '--dir=BWD_D': allowed: --dir=fwd_b\|fwd_d\|fwd_i"),
         ("--dir=FWD_B,BWD_D", "option '--dir=FWD_B,BWD_D'"),
         ("--alg=wino", r"option '--alg=wino': allowed: --alg=direct\|auto"),
-        ("--dt=bf16", r"option '--dt=bf16': allowed: --dt=f32\|f16"),
+        ("--dt=s8", r"option '--dt=s8': allowed: --dt=f32\|f16\|bf16"),
         ("--dt=f16:f16:f32", "option '--dt=f16:f16:f32': allowed"),
         ("--stag=aBcd8b", r"option '--stag=aBcd8b': allowed: --stag=any\|abx"),
     ],

@@ -16,7 +16,7 @@ from im2win_tvm.epilogue import NONE, Epilogue
 from im2win_tvm.problem import ConvProblem
 from im2win_tvm.schedules import SCHEDULES, ScheduleError
 from im2win_tvm.schedules.cuda_mma_kernel import convolve
-from im2win_tvm.schedules.cuda_mma_tiles import Config
+from im2win_tvm.schedules.cuda_mma_tiles import MULTIPLICANDS, Config
 from im2win_tvm.target import CudaTarget
 
 FORM = "cuda_mma"
@@ -79,10 +79,10 @@ def test_sampled_configurations(turn):
 def test_epilogues(bias, residual, activation):
     epilogue = Epilogue(bias, residual, activation)
     assert_equal(RAGGED, epilogue=epilogue)
-    assert_equal(WHOLE, epilogue=epilogue)
+    assert_equal(WHOLE.replace(dtype="bfloat16"), epilogue=epilogue)
 
 
-@pytest.mark.parametrize("problem", [RAGGED, WHOLE], ids=problem_id)
+@pytest.mark.parametrize("problem", [RAGGED, WHOLE.replace(dtype="bfloat16")], ids=problem_id)
 def test_nan_and_infinity_reach_the_outputs_that_read_them_and_no_others(problem):
     assert_nan_and_infinity_stay_local(FORM, problem)
 
@@ -147,7 +147,7 @@ def test_refused_configurations(fields, message):
 @pytest.mark.parametrize(
     ("fields", "target", "message"),
     [
-        (dict(dtype="float32"), TARGET, "dtype=float32: cuda_mma takes float16"),
+        (dict(dtype="float32"), TARGET, "dtype=float32: cuda_mma takes float16 and bfloat16"),
         (dict(layout="NCHW"), TARGET, "layout=NCHW: cuda_mma takes NHWC"),
         ({}, CudaTarget("sm_75"), "arch=sm_75: cuda_mma takes sm_80 and later"),
         (
@@ -169,17 +169,17 @@ def test_refused_problems(fields, target, message):
 
 @pytest.mark.nvcc
 @pytest.mark.parametrize(
-    ("layer", "arch", "config"),
+    ("layer", "dtype", "arch", "config"),
     [
-        ("conv9", "sm_80", None),
-        ("conv8", "sm_86", Config(128, 128, 32, 64, 64, 3)),
-        ("conv12", "sm_89", Config(128, 64, 64, 32, 32, 3)),
-        ("conv6", "sm_90", Config(64, 128, 64, 32, 64, 3, 2)),
+        ("conv9", "float16", "sm_80", None),
+        ("conv8", "bfloat16", "sm_86", Config(128, 128, 32, 64, 64, 3)),
+        ("conv12", "float16", "sm_89", Config(128, 64, 64, 32, 32, 3)),
+        ("conv6", "bfloat16", "sm_90", Config(64, 128, 64, 32, 64, 3, 2)),
     ],
 )
-def test_code(layer, arch, config, tmp_path):
+def test_code(layer, dtype, arch, config, tmp_path):
     """No spills; copies, operands, products and stores by the instructions that they are for."""
-    problem = suites.suite("paper", 128, dtype="float16", layout="NHWC")[layer]
+    problem = suites.suite("paper", 128, dtype=dtype, layout="NHWC")[layer]
     target = CudaTarget(arch)
     module = SCHEDULE.build(problem, config or SCHEDULE.default(problem, target), target)
     source = lower.cuda_source(lower.lower(module), target)
@@ -194,7 +194,7 @@ def test_code(layer, arch, config, tmp_path):
     for instruction in (
         "cp.async.cg.shared.global",
         "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32",
+        "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32".format(MULTIPLICANDS[dtype]),
         "ld.shared.v4.u32",
         "st.global.v4.u32",
     ):

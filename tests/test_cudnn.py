@@ -82,7 +82,7 @@ def test_constants_are_those_of_the_headers():
         ("WINOGRAD_NONFUSED", 7),
     ]
     assert cudnn_library.FORMATS == {"NCHW": 0, "NHWC": 1}
-    assert cudnn_library.DATA_TYPES == {"float32": 0, "float16": 2}
+    assert cudnn_library.DATA_TYPES == {"float32": 0, "float16": 2, "bfloat16": 9}
     assert list(cudnn_library.MATH_TYPES.items()) == [
         ("DEFAULT", 0),
         ("TENSOR_OP", 1),

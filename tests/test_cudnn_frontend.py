@@ -130,7 +130,7 @@ class FakeFrontend:
     """What the adapter uses of the module `cudnn`."""
 
     __version__ = "1.99"
-    data_type = SimpleNamespace(FLOAT="float", HALF="half")
+    data_type = SimpleNamespace(FLOAT="float", HALF="half", BFLOAT16="bfloat16")
     numerical_note = SimpleNamespace(TENSOR_CORE="tensor core", DOWN_CONVERT_INPUTS="down")
 
     def __init__(self, *plans, answers_b=True, offers_b=True, unsupported=False):
@@ -260,6 +260,7 @@ def test_far_slower_plans_are_timed_once_and_lucky_ones_again(use):
         ("float32", False, "float", {"down", "tensor core"}),
         ("float32", True, "float", {"down"}),
         ("float16", False, "half", {"down"}),
+        ("bfloat16", False, "bfloat16", {"down"}),
     ],
 )
 def test_types_and_classes(dtype, tf32, kind, barred, use):

@@ -13,7 +13,7 @@ from ..target import Target
 __all__ = ["ACCURACY", "TF32", "TF32_DTYPE", "TF32_LIMIT", "no_tf32"]
 
 #: The class that a dtype has unless something else is said.
-ACCURACY = {"float32": "fp32", "float16": "fp16"}
+ACCURACY = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 TF32 = "tf32"
 #: The dtype that can be computed in TF32.
 TF32_DTYPE = "float32"

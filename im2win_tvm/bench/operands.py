@@ -151,7 +151,9 @@ class TorchOperands:
 
     def _compare_references(self) -> None:
         first = self.problem.replace(batch=1)
-        ours = reference.conv2d(self.x[:1].cpu().numpy(), self.w.cpu().numpy(), first)
+        # NumPy has no bfloat16 of its own; float32 holds all of the shorter types.
+        x, w = (tensor.cpu().float().numpy() for tensor in (self.x[:1], self.w))
+        ours = reference.conv2d(x, w, first)
         theirs = self._expected[:1].cpu().numpy()
         # Both sum in float64: 1e-10 is far above its rounding and far below float32's.
         if not np.allclose(theirs, ours, rtol=1e-10, atol=1e-10):

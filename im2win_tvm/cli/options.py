@@ -21,7 +21,7 @@ ArchOption = Annotated[
         help="CUDA architecture (sm_90) or LLVM processor (x86-64-v3). Default: what is here.",
     ),
 ]
-DtypeOption = Annotated[str, typer.Option("--dtype", help="float32 or float16.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
 LayoutOption = Annotated[
     str | None,
     typer.Option("--layout", help="NCHW or NHWC (1-D: NCW, NWC). Default: channels first."),

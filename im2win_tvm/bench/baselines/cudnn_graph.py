@@ -88,7 +88,9 @@ class Graph:
     def _describe(self, problem: ConvProblem) -> tuple[Any, dict[Any, Any]]:
         """The graph before heuristics, and the tensor in memory of each of its tensors."""
         types = self._frontend.data_type
-        kind = {"float32": types.FLOAT, "float16": types.HALF}[problem.dtype]
+        kind = {"float32": types.FLOAT, "float16": types.HALF, "bfloat16": types.BFLOAT16}[
+            problem.dtype
+        ]
         graph = self._frontend.pygraph(
             io_data_type=kind,
             intermediate_data_type=types.FLOAT,

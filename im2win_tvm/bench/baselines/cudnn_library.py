@@ -42,7 +42,7 @@ ALGORITHMS = {
 #: cudnnTensorFormat_t by layout.
 FORMATS = {"NCHW": 0, "NHWC": 1}
 #: cudnnDataType_t by dtype.
-DATA_TYPES = {"float32": 0, "float16": 2}
+DATA_TYPES = {"float32": 0, "float16": 2, "bfloat16": 9}
 #: cudnnMathType_t by name. On float32 tensors, from sm_80 on, DEFAULT and TENSOR_OP allow TF32 and
 #: FMA forbids it (cuDNN's API reference, cudnnMathType_t). TENSOR_OP_ALLOW_CONVERSION would let
 #: cuDNN round float32 tensors to float16: no class of ours, and used nowhere.
@@ -78,7 +78,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 def math_type(dtype: str, tf32: bool = False) -> str:
     """The name of the math type: what PyTorch sets for the same dtype and `allow_tf32`."""
-    if dtype == "float16":
+    if dtype != "float32":
         return "TENSOR_OP"
     return "DEFAULT" if tf32 else "FMA"
 

@@ -50,8 +50,8 @@ class TvmDefault:
             choose_cuda_compiler()
         tvm_target = tvm_target_here(target)
         module, detail = self.module(problem, target, tvm_target)
-        if problem.dtype == "float16":
-            detail["accumulates"] = "float16"
+        if problem.itemsize == 2:
+            detail["accumulates"] = problem.dtype
         # `with`: CUDA's architecture is taken from the current target.
         with tvm_target:
             executable = tvm.compile(module, target=tvm_target)
