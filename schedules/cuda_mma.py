@@ -10,7 +10,8 @@ channels of one tap:
 * The columns of the product are channels in an order that leaves each thread eight neighbours of
   them: outputs go from registers to memory by 128 bits.
 
-float16 or bfloat16 in and out, float32 sums. NHWC, in_channels / groups a multiple of 8.
+float16 or bfloat16 in and out, float32 sums. An input in NCHW, or with other than eights of
+channels in a group, is copied into that form first: a workspace, and part of every call.
 """
 
 import itertools
@@ -22,7 +23,8 @@ from tvm.ir import IRModule
 from ..expr import gemm_sizes
 from ..problem import ConvProblem
 from ..target import CudaTarget
-from .base import CONV, PREPARE, Schedule
+from .base import CONV, PREPARE, TRANSFORM, Schedule
+from .cuda_mma_channels_last import copy_channels_last, is_needed, shape
 from .cuda_mma_kernel import convolve, prepare
 from .cuda_mma_tiles import (
     CHUNK,
@@ -52,13 +54,10 @@ class CudaMma(Schedule):
         if reason is None and problem.dtype not in MULTIPLICANDS:
             allowed = " and ".join(MULTIPLICANDS)
             reason = f"dtype={problem.dtype}: {self.name} takes {allowed}"
-        if reason is None and not problem.channels_last:
-            reason = f"layout={problem.layout}: {self.name} takes NHWC"
         if reason is None and target.capability < 80:
             reason = f"arch={target.arch}: {self.name} takes sm_80 and later"
-        channels = problem.in_channels // problem.groups
-        if reason is None and channels % CHUNK:
-            reason = f"in_channels/groups={channels}: {self.name} takes multiples of {CHUNK}"
+        if reason is None and math.prod(shape(problem)) >= MAX_ELEMENTS:
+            reason = f"input_shape={problem.input_shape}: in eights of channels 2**31 or more"
         if reason is None and _padded_elements(problem) >= MAX_ELEMENTS:
             reason = f"padding={problem.padding}: with it the input has 2**31 elements or more"
         return reason or self.check(_smallest(), problem, target)
@@ -143,14 +142,16 @@ class CudaMma(Schedule):
         return waves * c.blocks * (axes.outer * tile * fill + c.block_m * c.block_p / 16 + 1000)
 
     def schedule(self, problem, config, target, epilogue):
-        return IRModule(
-            {PREPARE: prepare(problem, config), CONV: convolve(problem, config, epilogue)}
-        )
+        module = {PREPARE: prepare(problem, config)}
+        if is_needed(problem):
+            module[TRANSFORM] = copy_channels_last(problem)
+        module[CONV] = convolve(problem, config, epilogue)
+        return IRModule(module)
 
 
 def _padded_elements(problem: ConvProblem) -> int:
     padded = (n + sum(pads) for n, pads in zip(problem.input_size, problem.padding, strict=True))
-    return problem.batch * problem.in_channels * math.prod(padded)
+    return problem.batch * shape(problem)[-1] * math.prod(padded)
 
 
 def _smallest() -> Config:

@@ -5,7 +5,9 @@
 
 import math
 
+import tvm_ffi
 from tvm import te, tirx
+from tvm.ir import Var
 from tvm.script import tirx as T
 
 from ..epilogue import Epilogue
@@ -13,6 +15,7 @@ from ..expr import finish, gemm_sizes, window_position
 from ..problem import ConvProblem
 from .base import ALIGNMENT
 from .cuda_elementwise import elementwise
+from .cuda_mma_channels_last import is_needed, shape
 from .cuda_mma_tiles import (
     CHUNK,
     GROUP,
@@ -22,6 +25,7 @@ from .cuda_mma_tiles import (
     MULTIPLICANDS,
     WARP,
     Config,
+    padded_channels,
     reduction,
     shared_bytes,
 )
@@ -52,15 +56,16 @@ def prepare(problem: ConvProblem, config: Config):
             tirx.const(0, problem.dtype),
         )
 
-    shape = (sizes.groups, tiles, axes.outer, c.block_k // MMA_K, c.block_m // 16, WARP, CHUNK)
-    return elementwise([w, te.compute(shape, element, name="packed")], "packed")
+    whole = (sizes.groups, tiles, axes.outer, c.block_k // MMA_K, c.block_m // 16, WARP, CHUNK)
+    return elementwise([w, te.compute(whole, element, name="packed")], "packed")
 
 
 def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
-    """x, packed filter (and bias, residual) -> y. NHWC."""
+    """x (or its copy `nhwc`), packed filter (and bias, residual) -> y."""
     c, sizes, axes = config, gemm_sizes(problem), reduction(problem, config)
     groups, out_channels, per_group = problem.groups, problem.out_channels, sizes.m
-    channels = problem.in_channels // groups
+    last, copied = problem.channels_last, is_needed(problem)
+    source_shape, channels = shape(problem), padded_channels(problem)
     (height, width), (rows, columns) = problem.input_size, problem.output_size
     hf, wf = problem.kernel_size
     # Steps that are never taken count as 1: they may be too long for 32 bits.
@@ -68,9 +73,10 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
     dh, dw = (d if n > 1 else 1 for d, n in zip(problem.dilation, (hf, wf), strict=True))
     top, left = (before for before, _ in problem.padding)
     padded = any(map(any, problem.padding))
-    in_w, line = problem.in_channels, problem.in_channels * width
+    in_w = source_shape[-1]
+    line = in_w * width
     in_n, pixels = line * height, rows * columns
-    inputs, outputs = math.prod(problem.input_shape), math.prod(problem.output_shape)
+    inputs, outputs = math.prod(source_shape), math.prod(problem.output_shape)
     RAGGED = channels % c.block_k != 0  # the last tile of channels holds fewer
 
     DTYPE, KIND = problem.dtype, MULTIPLICANDS[problem.dtype]
@@ -90,7 +96,8 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
     # Eight rows at the same chunk lie in eight different 16-byte columns of the 128 bytes that
     # shared memory gives in a cycle: chunks are exchanged within a row by the row's number.
     ROWS_OF_LINE = max(1, 8 // CHUNKS)
-    WHOLE = per_group % CHUNK == 0  # eight channels of a thread are one aligned vector of y
+    # Eight channels of a thread are one aligned vector of y.
+    WHOLE = last and per_group % CHUNK == 0
 
     def place(p, chunk):
         """Where the pixels' tile has chunk `chunk` of pixel `p`, in halves."""
@@ -99,7 +106,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
     # fmt: off
     @T.prim_func
     def function(
-        x: T.Buffer(problem.input_shape, DTYPE),
+        x: T.Buffer(source_shape, DTYPE),
         packed: T.Buffer((groups, M_TILES, K_TILES, BK // MMA_K, BM // 16, WARP, CHUNK), DTYPE),
         bias: T.Buffer((out_channels,), DTYPE),
         residual: T.Buffer(problem.output_shape, DTYPE),
@@ -249,7 +256,8 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
                 for q in T.unroll(c.warp_m // GROUP):
                     m: T.let = m_tile * BM + warp_m + q * GROUP + lane % 4 * CHUNK
                     ch: T.let = group * per_group + m
-                    at: T.let = p * out_channels + ch
+                    at: T.let = p * out_channels + ch if last else (
+                        p // pixels * (out_channels * pixels) + ch * pixels + p % pixels)
                     if WHOLE:
                         if T.And(p < sizes.p, m < per_group):
                             if epilogue.residual:
@@ -263,14 +271,18 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
                                 y_flat[at + e] = out[e]
                     else:
                         for e in T.unroll(CHUNK):
+                            into = T.meta_var(at + (e if last else e * pixels))
                             if T.And(p < sizes.p, m + e < per_group):
-                                y_flat[at + e] = finish(
+                                y_flat[into] = finish(
                                     acc[(i * MM + q * 4 + e // 2) * 4 + half * 2 + e % 2],
-                                    ch + e, [at + e], problem, epilogue, bias, residual_flat)
+                                    ch + e, [into], problem, epilogue, bias, residual_flat)
     # fmt: on
 
+    x = function.params[0]
+    source = tirx.decl_buffer(x.shape, x.dtype, "nhwc") if copied else x
+    body = tvm_ffi.structural_map(function.body, (Var, lambda v: source if v.same_as(x) else v))
     unused = ("" if epilogue.bias else "bias", "" if epilogue.residual else "residual")
-    parameters = [p for p in function.params if p.name not in unused]
-    function = tirx.PrimFunc(parameters, function.body, function.ret_type, function.attrs)
-    vectors = {"x": 16} | ({"y": 16, "residual": 16} if WHOLE else {})
+    parameters = [source, *(p for p in function.params[1:] if p.name not in unused)]
+    function = tirx.PrimFunc(parameters, body, function.ret_type, function.attrs)
+    vectors = ({} if copied else {"x": 16}) | ({"y": 16, "residual": 16} if WHOLE else {})
     return function.with_attr(ALIGNMENT, vectors)

@@ -104,16 +104,18 @@ def _draw(chance: random.Random, layout: str, dtype: str) -> ConvProblem:
     )
 
 
-def eights(problems: Iterable[ConvProblem]) -> list[ConvProblem]:
-    """The problems in NHWC with eights of input channels a group, each once.
+def halves(problems: Iterable[ConvProblem]) -> list[ConvProblem]:
+    """The problems in float16 and bfloat16 by turns, each once.
 
-    float16 and bfloat16 take turns.
+    Of three, one has eights of input channels a group and is in NHWC: what tensor cores like.
     """
     found = {}
-    for problem in problems:
-        channels = -(-problem.in_channels // problem.groups // 8) * 8 * problem.groups
-        found[problem.replace(in_channels=channels, dtype="float16", layout="NHWC")] = None
-    return [p.replace(dtype=("float16", "bfloat16")[turn % 2]) for turn, p in enumerate(found)]
+    for turn, problem in enumerate(dict.fromkeys(p.replace(dtype="float16") for p in problems)):
+        if turn % 3 == 0:
+            channels = -(-problem.in_channels // problem.groups // 8) * 8 * problem.groups
+            problem = problem.replace(in_channels=channels, layout="NHWC")
+        found[problem.replace(dtype=("float16", "bfloat16")[turn % 2])] = None
+    return list(found)
 
 
 def problem_id(problem: ConvProblem) -> str:

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 from emulated import assert_nan_and_infinity_stay_local, assert_right
-from problems import edge_problems, eights, odd_problems, problem_id
+from problems import LAYOUTS, edge_problems, halves, odd_problems, problem_id
 from simt_switches import TARGET
 
 import im2win_tvm
@@ -15,6 +15,7 @@ from im2win_tvm import lower, simulate, suites, toolchain
 from im2win_tvm.epilogue import NONE, Epilogue
 from im2win_tvm.problem import ConvProblem
 from im2win_tvm.schedules import SCHEDULES, ScheduleError
+from im2win_tvm.schedules.cuda_mma_channels_last import copy_channels_last, is_needed
 from im2win_tvm.schedules.cuda_mma_kernel import convolve
 from im2win_tvm.schedules.cuda_mma_tiles import MULTIPLICANDS, Config
 from im2win_tvm.target import CudaTarget
@@ -32,10 +33,10 @@ assert_equal = functools.partial(assert_right, FORM, kinds=("integer",))
 @pytest.mark.parametrize(
     "problem",
     [
-        *eights(odd_problems(11, 16, most_work=200_000)),
+        *halves(odd_problems(11, 16, most_work=200_000)),
         *(
             pytest.param(problem, marks=pytest.mark.slow)
-            for problem in eights(
+            for problem in halves(
                 [*(p for _, p in edge_problems()), *odd_problems(12, 120, most_work=1_000_000)]
             )
         ),
@@ -65,6 +66,15 @@ def test_configurations(problem, config):
     assert_equal(problem, config)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [2, 78, 80, 130])
+def test_inputs_that_are_copied_first(layout, channels):
+    """Fewer and more channels than a tile of the copy, whole eights and not."""
+    problem = RAGGED.replace(in_channels=channels, layout=layout)
+    assert is_needed(problem) == (channels != 80 or layout == "NCHW")
+    assert_right(FORM, problem, epilogue=Epilogue(True, True, "relu"))
+
+
 @pytest.mark.parametrize("turn", range(6))
 def test_sampled_configurations(turn):
     chance = random.Random(turn)
@@ -82,7 +92,11 @@ def test_epilogues(bias, residual, activation):
     assert_equal(WHOLE.replace(dtype="bfloat16"), epilogue=epilogue)
 
 
-@pytest.mark.parametrize("problem", [RAGGED, WHOLE.replace(dtype="bfloat16")], ids=problem_id)
+@pytest.mark.parametrize(
+    "problem",
+    [RAGGED, WHOLE.replace(dtype="bfloat16"), RAGGED.replace(in_channels=18, layout="NCHW")],
+    ids=problem_id,
+)
 def test_nan_and_infinity_reach_the_outputs_that_read_them_and_no_others(problem):
     assert_nan_and_infinity_stay_local(FORM, problem)
 
@@ -91,6 +105,14 @@ def test_nan_and_infinity_reach_the_outputs_that_read_them_and_no_others(problem
 @pytest.mark.parametrize("problem", [RAGGED, WHOLE], ids=problem_id)
 def test_shared_memory_has_no_bank_conflicts(problem, block_k):
     function = convolve(problem, Config(64, 64, block_k, 32, 32), NONE)
+    arrays = {p.name: np.ones([int(n) for n in p.shape], "float16") for p in function.params}
+    report = simulate.run(function, arrays, conflicts=True)
+    assert sum(entry.wavefronts for entry in report.conflicts.values()) > 1000
+    assert [s for s, entry in report.conflicts.items() if entry.extra] == []
+
+
+def test_the_copy_has_no_bank_conflicts():
+    function = copy_channels_last(RAGGED.replace(layout="NCHW"))
     arrays = {p.name: np.ones([int(n) for n in p.shape], "float16") for p in function.params}
     report = simulate.run(function, arrays, conflicts=True)
     assert sum(entry.wavefronts for entry in report.conflicts.values()) > 1000
@@ -148,12 +170,11 @@ def test_refused_configurations(fields, message):
     ("fields", "target", "message"),
     [
         (dict(dtype="float32"), TARGET, "dtype=float32: cuda_mma takes float16 and bfloat16"),
-        (dict(layout="NCHW"), TARGET, "layout=NCHW: cuda_mma takes NHWC"),
         ({}, CudaTarget("sm_75"), "arch=sm_75: cuda_mma takes sm_80 and later"),
         (
-            dict(in_channels=42),
+            dict(batch=1, in_channels=2, input_size=(16384, 8192), out_channels=2, stride=64),
             TARGET,
-            "in_channels/groups=21: cuda_mma takes multiples of 8",
+            "input_shape=(1, 16384, 8192, 2): in eights of channels 2**31 or more",
         ),
         (
             dict(stride=4000, padding=6000),

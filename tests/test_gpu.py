@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from problems import DTYPES, edge_problems, eights, odd_problems, problem_id
+from problems import DTYPES, edge_problems, halves, odd_problems, problem_id
 
 import im2win_tvm
 from im2win_tvm import ArgumentError, builds, reference, suites, tensors
@@ -46,13 +46,14 @@ PAPER = {
     for layout in ("NCHW", "NHWC")
     for name, problem in suites.suite("paper", batch=128, layout=layout).items()
 }
-# Of the schedule that takes float16 in NHWC alone; the paper's layers are those of many channels.
+# Of the schedule that takes float16 and bfloat16 alone.
 MATRIX = "cuda_mma"
 MATRIX_PAPER = {
-    name: suites.suite("paper", batch=128, dtype="float16", layout="NHWC")[name]
-    for name in ("conv4", "conv5", "conv6", "conv8", "conv9", "conv10", "conv11", "conv12")
+    f"{name}-{layout}-{dtype}": problem
+    for layout, dtype in (("NHWC", "float16"), ("NCHW", "bfloat16"))
+    for name, problem in suites.suite("paper", batch=128, dtype=dtype, layout=layout).items()
 }
-MATRIX_PROBLEMS = eights([*EDGES.values(), *ODD])
+MATRIX_PROBLEMS = halves([*EDGES.values(), *ODD])
 MATRIX_RAGGED = ConvProblem(
     3, 80, (9, 11), 76, (3, 2), (1, 2), ((0, 1), (1, 0)), (1, 2), 2, "float16", "NHWC"
 )
