@@ -183,9 +183,14 @@ def _cpu(cpu: str | None, threads: int | None) -> CpuTarget:
 
 
 def device_arch() -> str | None:
-    """Architecture of the first CUDA device, ``"sm_90"`` for instance; None where there is none."""
+    """Architecture of the first CUDA device, ``"sm_86"`` for instance; None where there is none.
+
+    Of Hopper ``"sm_90a"``: what it alone can do is for code of this name.
+    """
     capability = cuda_driver.compute_capability()
-    return None if capability is None else f"sm_{capability[0]}{capability[1]}"
+    if capability is None:
+        return None
+    return f"sm_{capability[0]}{capability[1]}" + ("a" if capability == (9, 0) else "")
 
 
 def missing_cpu_features(features: tuple[str, ...]) -> list[str]:

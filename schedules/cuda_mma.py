@@ -1,4 +1,4 @@
-"""Tensor cores by mma.sync: the in-kernel im2win product for sm_80 and later.
+"""Tensor cores by mma.sync and wgmma: the in-kernel im2win product for sm_80 and later.
 
 One block computes `block_p` output pixels by `block_m` channels over K in steps of `block_k`
 channels of one tap:
@@ -7,6 +7,8 @@ channels of one tap:
   with NHWC a tap of a window is a contiguous run, and zeros beyond the input cost no branch.
 * ldmatrix hands a warp its operands; rows of a tile are swizzled, so that neither the copies nor
   it meet a bank conflict. The filter is packed as the fragments themselves: one 128-bit load.
+* On sm_90a four warps multiply together by wgmma, which reads the same swizzled tiles by itself and
+  runs while the next ones are copied.
 * The columns of the product are channels in an order that leaves each thread eight neighbours of
   them: outputs go from registers to memory by 128 bits.
 
@@ -68,8 +70,18 @@ class CudaMma(Schedule):
             value = getattr(c, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 return f"{field}={value!r}: allowed are whole numbers from 1"
-        if c.block_k not in (32, 64):
-            return f"block_k={c.block_k}: allowed are 32 and 64"
+        if not isinstance(c.wgmma, bool):
+            return f"wgmma={c.wgmma!r}: allowed are True and False"
+        if c.wgmma and target.arch != "sm_90a":
+            return f"wgmma=True: it needs sm_90a, the target is {target.arch}"
+        if c.block_k not in ((64,) if c.wgmma else (32, 64)):
+            return f"block_k={c.block_k}: allowed are {'64' if c.wgmma else '32 and 64'}"
+        if c.wgmma and (c.warp_m != c.block_m or c.block_m > 256):
+            return f"warp_m={c.warp_m}: with wgmma all of block_m={c.block_m}, up to 256"
+        if c.wgmma and c.threads % 128:
+            return f"warp_p={c.warp_p}: with wgmma a quarter of block_p={c.block_p}, or of a part"
+        if c.wgmma and c.stages < 3:
+            return f"stages={c.stages}: with wgmma allowed are 3 to 8"
         if c.warp_m % GROUP or c.block_m % c.warp_m:
             return f"warp_m={c.warp_m}: a multiple of {GROUP} that divides block_m={c.block_m}"
         if c.warp_p % MMA_P or c.block_p % c.warp_p:
@@ -110,14 +122,23 @@ class CudaMma(Schedule):
         return None
 
     def configs(self, problem: ConvProblem, target: CudaTarget):
-        for (wm, wp), ms, ps, k, stages in itertools.product(
-            ((32, 16), (32, 32), (32, 64), (64, 32), (64, 64)),
-            (1, 2, 4),
-            (1, 2, 4, 8),
-            (32, 64),
-            (2, 3, 4, 5),
-        ):
-            config = Config(wm * ms, wp * ps, k, wm, wp, stages)
+        together = (
+            Config(m, wp * ps, 64, m, wp, stages, wgmma=True)
+            for m, wp, ps, stages in itertools.product(
+                (32, 64, 96, 128, 192, 256), (16, 32), (4, 8, 12), (3, 4, 5, 6)
+            )
+        )
+        alone = (
+            Config(wm * ms, wp * ps, k, wm, wp, stages)
+            for (wm, wp), ms, ps, k, stages in itertools.product(
+                ((32, 16), (32, 32), (32, 64), (64, 32), (64, 64)),
+                (1, 2, 4),
+                (1, 2, 4, 8),
+                (32, 64),
+                (2, 3, 4, 5),
+            )
+        )
+        for config in itertools.chain(together, alone):
             if not 64 <= config.threads <= 512:
                 continue
             for blocks in (4, 3, 2, 1):
@@ -139,6 +160,8 @@ class CudaMma(Schedule):
         waves = -(-blocks // (target.multiprocessors * c.blocks))
         tile = c.block_k * (c.block_m * c.block_p / 1024 + (c.block_m + c.block_p) / 16)
         fill = 1 + 0.5 / c.stages + 32 / (c.blocks * c.threads)
+        # On the device that has both, wgmma does some twice as many products in a cycle.
+        tile *= 0.6 if c.wgmma else 1
         return waves * c.blocks * (axes.outer * tile * fill + c.block_m * c.block_p / 16 + 1000)
 
     def schedule(self, problem, config, target, epilogue):

@@ -32,22 +32,25 @@ from .cuda_mma_tiles import (
 
 
 def prepare(problem: ConvProblem, config: Config):
-    """The filter as the fragments that lanes hold, a tile of it one contiguous run. Runs once.
+    """The filter as the product takes it, a tile of it one contiguous run. Runs once.
 
-    ``[G, ceil(Og / block_m), K tiles, block_k / 16, block_m / 16, 32 lanes, 8]``: the eight halves
-    are what a lane holds of two matrices of 16 k by 8 channels. Column n of matrix j of the four
-    in GROUP is channel 8 (n // 2) + 2 j + n % 2, so that the two columns of a lane in each of the
-    four are eight neighbours.
+    For mma.sync ``[G, ceil(Og / block_m), K tiles, block_k / 16, block_m / 16, 32 lanes, 8]``: the
+    eight halves are what a lane holds of two matrices of 16 k by 8 channels. For wgmma ``[..., K
+    tiles, 1, block_m, 8, 8]``: rows of 64 k, their chunks swizzled by the row as those of pixels.
+    Column n of matrix j of the four in GROUP is channel 8 (n // 2) + 2 j + n % 2, so that the two
+    columns of a lane in each of the four are eight neighbours.
     """
     sizes, axes, c = gemm_sizes(problem), reduction(problem, config), config
     w = te.placeholder(problem.weight_shape, problem.dtype, name="w")
     tiles = -(-sizes.m // c.block_m)
 
     def element(group, tile, outer, step, pair, lane, held):
-        matrix = pair * 2 + held // 4
-        column = lane // 4
+        if c.wgmma:
+            matrix, column, k = pair // 8, pair % 8, (lane ^ (pair % 8)) * CHUNK + held
+        else:
+            matrix, column = pair * 2 + held // 4, lane // 4
+            k = step * MMA_K + held % 4 // 2 * 8 + lane % 4 * 2 + held % 2
         channel = matrix // 4 * GROUP + column // 2 * 8 + matrix % 4 * 2 + column % 2
-        k = step * MMA_K + held % 4 // 2 * 8 + lane % 4 * 2 + held % 2
         ch, v, u, inside = window_position(problem, axes, outer, k)
         o = tile * c.block_m + channel
         return tirx.if_then_else(
@@ -56,8 +59,14 @@ def prepare(problem: ConvProblem, config: Config):
             tirx.const(0, problem.dtype),
         )
 
-    whole = (sizes.groups, tiles, axes.outer, c.block_k // MMA_K, c.block_m // 16, WARP, CHUNK)
+    whole = (sizes.groups, tiles, axes.outer, *_packed_tile(c))
     return elementwise([w, te.compute(whole, element, name="packed")], "packed")
+
+
+def _packed_tile(c: Config) -> tuple[int, ...]:
+    if c.wgmma:
+        return (1, c.block_m, c.block_k // CHUNK, CHUNK)
+    return (c.block_k // MMA_K, c.block_m // 16, WARP, CHUNK)
 
 
 def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
@@ -81,10 +90,16 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
 
     DTYPE, KIND = problem.dtype, MULTIPLICANDS[problem.dtype]
     MMA = f"mma.sync.aligned.m16n8k16.row.col.f32.{KIND}.{KIND}.f32"
+    WGMMA = f"wgmma.mma_async.sync.aligned.m64n{config.block_m}k16.f32.{KIND}.{KIND}"
+    # Descriptor of a matrix in shared memory (PTX ISA, wgmma): rows of 128 bytes, eight of them
+    # 1024 bytes from the next eight, swizzled by 128 bytes; the address is added.
+    DESCRIPTOR = (1 << 62) | (1024 // 16 << 32) | (1 << 16)
     BM, BP, BK, STAGES, THREADS = c.block_m, c.block_p, c.block_k, c.stages, c.threads
     M_TILES, P_TILES, K_TILES = -(-per_group // BM), -(-sizes.p // BP), axes.outer
     WARPS_M = BM // c.warp_m
     MP, MM = c.warp_p // MMA_P, c.warp_m // MMA_M  # matrices of a warp's tile
+    # Tiles on their way: the one being read, and with wgmma the one before, keep their stage.
+    AHEAD = STAGES - 2 if c.wgmma else STAGES - 1
     # Halves of a stage: the filter's fragments, then a row of BK channels for each pixel.
     FILTER = BM * BK
     STAGE = FILTER + BP * BK
@@ -107,7 +122,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
     @T.prim_func
     def function(
         x: T.Buffer(source_shape, DTYPE),
-        packed: T.Buffer((groups, M_TILES, K_TILES, BK // MMA_K, BM // 16, WARP, CHUNK), DTYPE),
+        packed: T.Buffer((groups, M_TILES, K_TILES, *_packed_tile(c)), DTYPE),
         bias: T.Buffer((out_channels,), DTYPE),
         residual: T.Buffer(problem.output_shape, DTYPE),
         y: T.Buffer(problem.output_shape, DTYPE),
@@ -125,7 +140,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
         else:
             residual_flat = T.meta_var(None)
         pool = T.SMEMPool()
-        ring = pool.alloc((shared_bytes(c) // 2,), DTYPE, align=128)
+        ring = pool.alloc((shared_bytes(c) // 2,), DTYPE, align=1024)
         pool.commit()
         words = T.decl_buffer((shared_bytes(c) // 4,), "uint32", data=ring.data)
         lane: T.let = thread % WARP
@@ -206,23 +221,59 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
             # Empty groups at the end keep the count that wait_group relies on.
             T.ptx["cp.async.commit_group"]()
 
-        for _ in T.unroll(STAGES - 1):
+        for _ in T.unroll(AHEAD):
             copy_tile()
 
         # 4. Matrices of a warp: rows are pixels, columns channels. A lane gives the address of one
         #    row of the four 8x8 matrices that make 16 pixels by 16 channels.
         warp_m: T.let = warp % WARPS_M * c.warp_m
-        warp_p: T.let = warp // WARPS_M * c.warp_p
+        warp_p: T.let = (warp // 4 * (4 * c.warp_p) + warp % 4 * MMA_P if c.wgmma
+                         else warp // WARPS_M * c.warp_p)
         acc = T.alloc_local((MP * MM * 4,), "float32")
         a = T.alloc_local((MP * 4,), "uint32")
         b = T.alloc_local((MM * 2,), "uint32")
         for i in T.unroll(MP * MM * 4):
             acc[i] = T.float32(0)
         stage_out: T.int32 = 0  # in vectors, so that the compiler sees the alignment
-        for _ in T.serial(K_TILES):
+
+        @T.inline
+        def multiply_together(first):
+            # Four warps at once, on shared memory as it is; the tile before may still be read.
+            T.ptx["wgmma.fence.sync.aligned"]()
+            for step in T.unroll(BK // MMA_K):
+                for i in T.unroll(MP):
+                    T.ptx[WGMMA](
+                        *[acc[i * MM * 4 + r] for r in range(MM * 4)],
+                        pixels_at + T.Cast("uint64", stage_out + i * (64 * BK // CHUNK)
+                                           + step * (MMA_K // CHUNK)),
+                        filter_at + T.Cast("uint64", stage_out + step * (MMA_K // CHUNK)),
+                        T.Not(T.And(first, step == 0)), 1, 1, 0, 0)
+            T.ptx["wgmma.commit_group.sync.aligned"]()
+
+        if c.wgmma:
+            base: T.let = T.Cast("uint64", T.cuda.cvta_generic_to_shared(ring.ptr_to([0])) // 16)
+            filter_at: T.let = base + T.uint64(DESCRIPTOR)
+            pixels_at: T.let = filter_at + T.Cast(
+                "uint64", FILTER // CHUNK + warp // 4 * (4 * c.warp_p * BK // CHUNK))
+            for k in T.serial(K_TILES):
+                # Copies are ordinary writes, and the product another kind of reader: a fence
+                # between them. The barrier publishes the tile, and says that nobody reads the one
+                # before the last any more: its stage is the one that the next copies fill.
+                T.ptx["cp.async.wait_group"](AHEAD - 1)
+                T.ptx["fence.proxy.async.shared::cta"]()
+                T.cuda.cta_sync()
+                multiply_together(k == 0)
+                copy_tile()
+                T.ptx["wgmma.wait_group.sync.aligned"](1)
+                stage_out = T.if_then_else(
+                    stage_out == (STAGES - 1) * (STAGE // CHUNK), 0, stage_out + STAGE // CHUNK)
+            T.ptx["wgmma.wait_group.sync.aligned"](0)
+            for i in T.unroll(MP * MM * 4):
+                T.ptx["mov.f32"](acc[i], acc[i])  # keeps reads of the sums behind the wait
+        for _ in T.serial(0 if c.wgmma else K_TILES):
             # The barrier that publishes this tile also says that all have read the one before:
             # its stage is the one that the next copies fill.
-            T.ptx["cp.async.wait_group"](STAGES - 2)
+            T.ptx["cp.async.wait_group"](AHEAD - 1)
             T.cuda.cta_sync()
             copy_tile()
             for step in T.unroll(BK // MMA_K):
@@ -252,7 +303,8 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
         extra = T.alloc_local((CHUNK,), DTYPE)
         for i in T.unroll(MP):
             for half in T.unroll(2):
-                p: T.let = p_tile * BP + warp_p + i * MMA_P + half * 8 + lane // 4
+                p: T.let = (p_tile * BP + warp_p + i * (64 if c.wgmma else MMA_P) + half * 8
+                            + lane // 4)
                 for q in T.unroll(c.warp_m // GROUP):
                     m: T.let = m_tile * BM + warp_m + q * GROUP + lane % 4 * CHUNK
                     ch: T.let = group * per_group + m

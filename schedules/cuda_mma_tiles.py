@@ -23,7 +23,8 @@ class Config:
     block_m, block_p, block_k: output channels, output pixels and input channels of one tap in a
     tile of a block. warp_m, warp_p: of these, outputs of one warp. stages: tiles of the ring in
     shared memory, all but one on their way. blocks: blocks a multiprocessor has to have registers
-    for.
+    for. wgmma: four warps multiply together, asynchronously and straight from shared memory
+    (sm_90a); a warp then has all channels of the block, and all but two tiles are on their way.
     """
 
     block_m: int
@@ -33,6 +34,7 @@ class Config:
     warp_p: int
     stages: int = 3
     blocks: int = 1
+    wgmma: bool = False
 
     @property
     def threads(self) -> int:
@@ -60,4 +62,6 @@ def registers(c: Config) -> int:
     At least what nvcc 13.0 takes on sm_80 and sm_90 where nothing bounds it.
     """
     pixels = c.block_p * c.block_k // CHUNK // c.threads
+    if c.wgmma:  # no fragments
+        return c.warp_m * c.warp_p // WARP + 3 * pixels + 36
     return c.warp_m * c.warp_p // WARP + c.warp_m // 4 + c.warp_p // 4 + 3 * pixels + 48

@@ -10,13 +10,13 @@ from im2win_tvm.epilogue import NONE, Epilogue
 from im2win_tvm.schedules import SCHEDULES
 
 
-def assert_right(form, problem, config=None, epilogue=NONE, kinds=tensors.KINDS):
+def assert_right(form, problem, config=None, epilogue=NONE, kinds=tensors.KINDS, target=TARGET):
     schedule = SCHEDULES[form]
-    config = config or schedule.default(problem, TARGET)
+    config = config or schedule.default(problem, target)
     for kind in kinds:
         made = tensors.fill(problem, kind, 2, epilogue.bias, epilogue.residual)
         given = {name: array for name, array in made._asdict().items() if array is not None}
-        actual = emulate.run(schedule, problem, config, TARGET, given, epilogue)
+        actual = emulate.run(schedule, problem, config, target, given, epilogue)
         expected = reference.conv2d(*made[:2], problem, *made[2:], epilogue.activation)
         result = tensors.check(actual, expected, problem, kind)
         assert result.ok, f"{config}: {result.message}"

@@ -22,6 +22,7 @@ from im2win_tvm.target import CudaTarget
 
 FORM = "cuda_mma"
 SCHEDULE = SCHEDULES[FORM]
+HOPPER = CudaTarget("sm_90a")
 # 38 output channels and 40 of the input a group, padding and steps that differ: all tails.
 RAGGED = ConvProblem(
     3, 80, (9, 11), 76, (3, 2), (1, 2), ((0, 1), (1, 0)), (1, 2), 2, "float16", "NHWC"
@@ -64,6 +65,22 @@ def test_odd_problems(problem):
 )
 def test_configurations(problem, config):
     assert_equal(problem, config)
+
+
+@pytest.mark.parametrize("problem", [RAGGED, WHOLE.replace(dtype="bfloat16")], ids=problem_id)
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(32, 64, 64, 32, 16, stages=3, wgmma=True),
+        Config(64, 128, 64, 64, 16, stages=4, wgmma=True),
+        Config(96, 128, 64, 96, 32, stages=3, wgmma=True),
+        Config(256, 64, 64, 256, 16, stages=3, wgmma=True),
+        Config(96, 192, 64, 96, 16, stages=6, wgmma=True),
+    ],
+    ids=str,
+)
+def test_four_warps_together(problem, config):
+    assert_equal(problem, config, Epilogue(True, True, "relu"), target=HOPPER)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -120,11 +137,12 @@ def test_the_copy_has_no_bank_conflicts():
 
 
 def test_every_proposal_is_valid_and_so_is_the_default():
-    for target in (TARGET, CudaTarget("sm_80"), CudaTarget("sm_86"), CudaTarget("sm_89")):
+    for target in (HOPPER, TARGET, *map(CudaTarget, ("sm_80", "sm_86", "sm_89"))):
         proposed = list(SCHEDULE.configs(RAGGED, target))
         assert len(set(proposed)) == len(proposed) > 50
         for config in (*proposed, SCHEDULE.default(RAGGED, target)):
             assert SCHEDULE.check(config, RAGGED, target) is None, config
+            assert target == HOPPER or not config.wgmma
 
 
 @pytest.mark.parametrize(
@@ -151,6 +169,8 @@ def test_every_proposal_is_valid_and_so_is_the_default():
             dict(blocks=20),
             "blocks=20: 20 times 64 threads of some 82 registers; a multiprocessor has 65536",
         ),
+        (dict(wgmma=1), "wgmma=1: allowed are True and False"),
+        (dict(wgmma=True), "wgmma=True: it needs sm_90a, the target is sm_90"),
         (
             dict(block_m=128, block_p=256, warp_m=64, warp_p=64, block_k=64, stages=5),
             "stages=5: 246784 bytes of 233472, shared memory",
@@ -164,6 +184,21 @@ def test_refused_configurations(fields, message):
     with pytest.raises(ScheduleError) as caught:
         im2win_tvm.compile(RAGGED, TARGET, schedule=FORM, config=config)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(block_k=32), "block_k=32: allowed are 64"),
+        (dict(warp_m=32), "warp_m=32: with wgmma all of block_m=64, up to 256"),
+        (dict(block_p=32), "warp_p=16: with wgmma a quarter of block_p=32, or of a part"),
+        (dict(stages=2), "stages=2: with wgmma allowed are 3 to 8"),
+    ],
+)
+def test_refused_configurations_of_four_warps(fields, message):
+    config = vars(Config(64, 64, 64, 64, 16, wgmma=True))
+    assert SCHEDULE.check(Config(**config), RAGGED, HOPPER) is None
+    assert SCHEDULE.check(Config(**{**config, **fields}), RAGGED, HOPPER) == message
 
 
 @pytest.mark.parametrize(
@@ -196,6 +231,8 @@ def test_refused_problems(fields, target, message):
         ("conv8", "bfloat16", "sm_86", Config(128, 128, 32, 64, 64, 3)),
         ("conv12", "float16", "sm_89", Config(128, 64, 64, 32, 32, 3)),
         ("conv6", "bfloat16", "sm_90", Config(64, 128, 64, 32, 64, 3, 2)),
+        ("conv8", "float16", "sm_90a", Config(128, 256, 64, 128, 32, 4, wgmma=True)),
+        ("conv12", "bfloat16", "sm_90a", None),
     ],
 )
 def test_code(layer, dtype, arch, config, tmp_path):
@@ -211,12 +248,14 @@ def test_code(layer, dtype, arch, config, tmp_path):
     kernels = toolchain.parse_resources(report)
     assert {k.kernel for k in kernels} == {"im2win_prepare_kernel", "im2win_conv_kernel"}
     assert all(k.stack_bytes == k.spill_store_bytes == k.spill_load_bytes == 0 for k in kernels)
+    assert "wgmma" not in report  # ptxas says where it has to make them wait for each other
     ptx = toolchain.compile_ptx(source, target.arch)
-    for instruction in (
-        "cp.async.cg.shared.global",
-        "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
-        "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32".format(MULTIPLICANDS[dtype]),
-        "ld.shared.v4.u32",
-        "st.global.v4.u32",
-    ):
+    kind, products = MULTIPLICANDS[dtype], ["wgmma.mma_async.sync.aligned"]
+    if target != HOPPER:
+        products = [
+            "ldmatrix.sync.aligned.m8n8.x4.shared.b16",
+            "ld.shared.v4.u32",
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32",
+        ]
+    for instruction in ("cp.async.cg.shared.global", "st.global.v4.u32", *products):
         assert instruction in ptx, instruction

@@ -248,13 +248,16 @@ def test_only_the_named_device_counts(place):
     assert str(anyone.origin).endswith("of any such device: the target names none")
     assert anyone.missed == ()
     assert str(select(PROBLEM, CudaTarget("sm_90", "NVIDIA GH200")).origin) == "heuristic"
-    assert str(select(PROBLEM, CudaTarget("sm_90a")).origin) == "heuristic"
+    # sm_90a names the same GPU.
+    assert select(PROBLEM, CudaTarget("sm_90a")).origin == anyone.origin
+    assert str(select(PROBLEM, CudaTarget("sm_86")).origin) == "heuristic"
 
 
 def test_a_target_names_the_gpu_that_is_here(monkeypatch):
     monkeypatch.setattr(cuda_driver, "compute_capability", lambda device=0: (9, 0))
     monkeypatch.setattr(cuda_driver, "device_name", lambda device=0: "NVIDIA H100")
-    assert resolve("cuda") == H100
+    assert resolve("cuda") == CudaTarget("sm_90a", "NVIDIA H100")
+    assert resolve("cuda", arch="sm_90") == H100
     assert resolve("cuda", arch="sm_90a").device == "NVIDIA H100"
     assert resolve("cuda", arch="sm_80") == CudaTarget("sm_80")
     monkeypatch.setattr(cuda_driver, "compute_capability", lambda device=0: None)

@@ -130,3 +130,76 @@ def as_words(matrix, dtype):
     if dtype == "tf32":
         return bits | 0x1FFF
     return np.ascontiguousarray((bits >> 16).astype("uint16")).view("uint32")
+
+
+def together(waits, swizzle=1):
+    """y = a b^T for a of 64 rows by a warpgroup, whose operands then change.
+
+    waits: whether the product is waited for before that.
+    """
+
+    @T.prim_func
+    def kernel(
+        a: T.Buffer((64, 64), "float16"),
+        b: T.Buffer((8, 64), "float16"),
+        y: T.Buffer((64, 8), "float32"),
+    ):
+        T.device_entry()
+        T.cta_id([1])
+        t = T.thread_id([128])
+        pool = T.SMEMPool()
+        a_tile = pool.alloc((64 * 64,), "float16", align=1024)
+        b_tile = pool.alloc((8 * 64,), "float16", align=1024)
+        pool.commit()
+        total = T.alloc_local((4,), "float32")
+        for i in T.unroll(4):
+            total[i] = T.float32(0)
+        # Rows of 128 bytes, their 16-byte chunks exchanged by the row's number.
+        for i in T.serial(32):
+            row: T.let = (i * 128 + t) // 64
+            k: T.let = (i * 128 + t) % 64
+            a_tile[row * 64 + (k // 8 ^ row % 8) * 8 + k % 8] = a[row, k]
+        for i in T.serial(4):
+            row_b: T.let = (i * 128 + t) // 64
+            k_b: T.let = (i * 128 + t) % 64
+            b_tile[row_b * 64 + (k_b // 8 ^ row_b) * 8 + k_b % 8] = b[row_b, k_b]
+        T.cuda.cta_sync()
+        common: T.let = T.uint64((swizzle << 62) | (64 << 32) | (1 << 16))
+        a_at: T.let = common + T.Cast(
+            "uint64", T.cuda.cvta_generic_to_shared(a_tile.ptr_to([0])) // 16)  # fmt: skip
+        b_at: T.let = common + T.Cast(
+            "uint64", T.cuda.cvta_generic_to_shared(b_tile.ptr_to([0])) // 16)  # fmt: skip
+        T.ptx["wgmma.fence.sync.aligned"]()
+        for step in T.unroll(4):
+            T.ptx["wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16"](
+                total[0], total[1], total[2], total[3], a_at + T.uint64(2) * step,
+                b_at + T.uint64(2) * step, step > 0, 1, 1, 0, 0)  # fmt: skip
+        T.ptx["wgmma.commit_group.sync.aligned"]()
+        if waits:
+            T.ptx["wgmma.wait_group.sync.aligned"](0)
+        T.cuda.cta_sync()
+        b_tile[t] = T.Cast("float16", T.float32(77))
+        T.cuda.cta_sync()
+        T.ptx["wgmma.wait_group.sync.aligned"](0)
+        for i in T.unroll(4):
+            y[t // 32 * 16 + t % 32 // 4 + i // 2 * 8, t % 4 * 2 + i % 2] = total[i]
+
+    return kernel
+
+
+def test_product_of_a_warpgroup():
+    a, b, y = whole(64, 64), whole(8, 64), nan(64, 8)
+    run(together(True), {"a": a.astype("float16"), "b": b.astype("float16"), "y": y})
+    np.testing.assert_array_equal(y, a @ b.T)
+
+
+def test_operands_that_change_before_they_were_waited_for():
+    arrays = {"a": np.ones((64, 64), "float16"), "b": np.ones((8, 64), "float16")}
+    with pytest.raises(SimulationError, match="an operand changed before it was waited for"):
+        run(together(False), arrays | {"y": nan(64, 8)})
+
+
+def test_descriptors_that_are_not_simulated():
+    arrays = {"a": np.ones((64, 64), "float16"), "b": np.ones((8, 64), "float16")}
+    with pytest.raises(SimulationError, match="only the 128-byte swizzle is simulated"):
+        run(together(True, swizzle=0), arrays | {"y": nan(64, 8)})

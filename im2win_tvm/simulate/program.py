@@ -42,6 +42,7 @@ class Program(Statements):
             array.banks = self.banks
         self.space = Space(self.machine, regions, self.shared)
         self.copies = Copies(self.machine, self.shared)
+        self.wgmma = matrices.Pending(self.machine, self.shared)
         self._body = self.statement(function.body)
 
     def run(self, lanes: int) -> None:

@@ -261,8 +261,8 @@ def _default(schedule: Schedule, problem: ConvProblem, target: Target) -> Any:
 
 
 def arch_of(target: Target) -> str:
-    """What a record calls the architecture: LLVM's name of the processor, or sm_90."""
-    return target.arch if target.kind == "cuda" else target.cpu
+    """What a record calls the architecture: LLVM's name of the processor, or sm_90 (and sm_90a)."""
+    return target.arch.removesuffix("a") if target.kind == "cuda" else target.cpu
 
 
 def shown_path(path: Path) -> str:
