@@ -237,45 +237,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
         stage_out: T.int32 = 0  # in vectors, so that the compiler sees the alignment
 
         @T.inline
-        def multiply_together(first):
-            # Four warps at once, on shared memory as it is; the tile before may still be read.
-            T.ptx["wgmma.fence.sync.aligned"]()
-            for step in T.unroll(BK // MMA_K):
-                for i in T.unroll(MP):
-                    T.ptx[WGMMA](
-                        *[acc[i * MM * 4 + r] for r in range(MM * 4)],
-                        pixels_at + T.Cast("uint64", stage_out + i * (64 * BK // CHUNK)
-                                           + step * (MMA_K // CHUNK)),
-                        filter_at + T.Cast("uint64", stage_out + step * (MMA_K // CHUNK)),
-                        T.Not(T.And(first, step == 0)), 1, 1, 0, 0)
-            T.ptx["wgmma.commit_group.sync.aligned"]()
-
-        if c.wgmma:
-            base: T.let = T.Cast("uint64", T.cuda.cvta_generic_to_shared(ring.ptr_to([0])) // 16)
-            filter_at: T.let = base + T.uint64(DESCRIPTOR)
-            pixels_at: T.let = filter_at + T.Cast(
-                "uint64", FILTER // CHUNK + warp // 4 * (4 * c.warp_p * BK // CHUNK))
-            for k in T.serial(K_TILES):
-                # Copies are ordinary writes, and the product another kind of reader: a fence
-                # between them. The barrier publishes the tile, and says that nobody reads the one
-                # before the last any more: its stage is the one that the next copies fill.
-                T.ptx["cp.async.wait_group"](AHEAD - 1)
-                T.ptx["fence.proxy.async.shared::cta"]()
-                T.cuda.cta_sync()
-                multiply_together(k == 0)
-                copy_tile()
-                T.ptx["wgmma.wait_group.sync.aligned"](1)
-                stage_out = T.if_then_else(
-                    stage_out == (STAGES - 1) * (STAGE // CHUNK), 0, stage_out + STAGE // CHUNK)
-            T.ptx["wgmma.wait_group.sync.aligned"](0)
-            for i in T.unroll(MP * MM * 4):
-                T.ptx["mov.f32"](acc[i], acc[i])  # keeps reads of the sums behind the wait
-        for _ in T.serial(0 if c.wgmma else K_TILES):
-            # The barrier that publishes this tile also says that all have read the one before:
-            # its stage is the one that the next copies fill.
-            T.ptx["cp.async.wait_group"](AHEAD - 1)
-            T.cuda.cta_sync()
-            copy_tile()
+        def multiply_alone():
             for step in T.unroll(BK // MMA_K):
                 for pair in T.unroll(MM // 2):
                     for e in T.vectorized(4):
@@ -294,8 +256,47 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
                             *[a[i * 4 + r] for r in range(4)],
                             b[j * 2], b[j * 2 + 1],
                             *[acc[(i * MM + j) * 4 + r] for r in range(4)])
+
+        @T.inline
+        def multiply_together(first):
+            # Four warps at once, on shared memory as it is; the tile before may still be read.
+            T.ptx["wgmma.fence.sync.aligned"]()
+            for step in T.unroll(BK // MMA_K):
+                for i in T.unroll(MP):
+                    T.ptx[WGMMA](
+                        *[acc[i * MM * 4 + r] for r in range(MM * 4)],
+                        pixels_at + T.Cast("uint64", stage_out + i * (64 * BK // CHUNK)
+                                           + step * (MMA_K // CHUNK)),
+                        filter_at + T.Cast("uint64", stage_out + step * (MMA_K // CHUNK)),
+                        T.Not(T.And(first, step == 0)), 1, 1, 0, 0)
+            T.ptx["wgmma.commit_group.sync.aligned"]()
+
+        if c.wgmma:
+            filter_at: T.let = T.uint64(DESCRIPTOR) + T.Cast(
+                "uint64", T.cuda.cvta_generic_to_shared(ring.ptr_to([0])) // 16)
+            pixels_at: T.let = filter_at + T.Cast(
+                "uint64", FILTER // CHUNK + warp // 4 * (4 * c.warp_p * BK // CHUNK))
+        for k in T.serial(K_TILES):
+            T.ptx["cp.async.wait_group"](AHEAD - 1)
+            if c.wgmma:
+                # Copies are ordinary writes, and wgmma reads in another way: a fence between.
+                T.ptx["fence.proxy.async.shared::cta"]()
+            # The barrier publishes this tile. It also says that nobody reads the one before, with
+            # wgmma the one before that: its stage is the one that the next copies fill.
+            T.cuda.cta_sync()
+            if c.wgmma:
+                multiply_together(k == 0)
+                copy_tile()
+                T.ptx["wgmma.wait_group.sync.aligned"](1)
+            else:
+                copy_tile()
+                multiply_alone()
             stage_out = T.if_then_else(
                 stage_out == (STAGES - 1) * (STAGE // CHUNK), 0, stage_out + STAGE // CHUNK)
+        if c.wgmma:
+            T.ptx["wgmma.wait_group.sync.aligned"](0)
+            for i in T.unroll(MP * MM * 4):
+                T.ptx["mov.f32"](acc[i], acc[i])  # keeps reads of the sums behind the wait
 
         # 5. Store, with the epilogue on the way: a lane has eight neighbouring channels of a
         #    pixel, a pair of each of four matrices.

@@ -183,6 +183,25 @@ def test_matrix_products(problem, form, kernel_of):
     assert_right(kernel_of(form, problem))
 
 
+@pytest.mark.parametrize("problem", [MATRIX_RAGGED, MATRIX_RAGGED.replace(layout="NCHW")], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(block_m=64, block_p=64, block_k=32, warp_m=32, warp_p=32, stages=3),
+        dict(block_m=128, block_p=64, block_k=64, warp_m=64, warp_p=32, stages=2),
+        dict(block_m=64, block_p=64, block_k=64, warp_m=64, warp_p=16, stages=3, wgmma=True),
+        dict(block_m=128, block_p=256, block_k=64, warp_m=128, warp_p=32, stages=4, wgmma=True),
+    ],
+    ids=str,
+)
+def test_configurations_of_matrix_products(config, problem):
+    if config.get("wgmma") and resolve(DEVICE).arch != "sm_90a":
+        pytest.skip("wgmma needs sm_90a")
+    config = {"wgmma": False, **config, "blocks": 1}
+    kernel = im2win_tvm.compile(problem, DEVICE, schedule=MATRIX, config=config)
+    assert_right(kernel)
+
+
 @pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
 def test_epilogues_of_matrix_products(epilogue, kernel_of):
     kernel = kernel_of(MATRIX, MATRIX_RAGGED, epilogue)
