@@ -34,6 +34,7 @@ from .cuda_mma_tiles import (
     MMA_P,
     MULTIPLICANDS,
     WARP,
+    WARPGROUP,
     Config,
     reduction,
     registers,
@@ -78,7 +79,7 @@ class CudaMma(Schedule):
             return f"block_k={c.block_k}: allowed are {'64' if c.wgmma else '32 and 64'}"
         if c.wgmma and (c.warp_m != c.block_m or c.block_m > 256):
             return f"warp_m={c.warp_m}: with wgmma all of block_m={c.block_m}, up to 256"
-        if c.wgmma and c.threads % 128:
+        if c.wgmma and c.threads % (WARPGROUP * WARP):
             return f"warp_p={c.warp_p}: with wgmma a quarter of block_p={c.block_p}, or of a part"
         if c.wgmma and c.stages < 3:
             return f"stages={c.stages}: with wgmma allowed are 3 to 8"

@@ -24,6 +24,8 @@ from .cuda_mma_tiles import (
     MMA_P,
     MULTIPLICANDS,
     WARP,
+    WARPGROUP,
+    WGMMA_P,
     Config,
     padded_channels,
     reduction,
@@ -227,8 +229,9 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
         # 4. Matrices of a warp: rows are pixels, columns channels. A lane gives the address of one
         #    row of the four 8x8 matrices that make 16 pixels by 16 channels.
         warp_m: T.let = warp % WARPS_M * c.warp_m
-        warp_p: T.let = (warp // 4 * (4 * c.warp_p) + warp % 4 * MMA_P if c.wgmma
-                         else warp // WARPS_M * c.warp_p)
+        warp_p: T.let = (
+            warp // WARPGROUP * (WARPGROUP * c.warp_p) + warp % WARPGROUP * MMA_P if c.wgmma
+            else warp // WARPS_M * c.warp_p)
         acc = T.alloc_local((MP * MM * 4,), "float32")
         a = T.alloc_local((MP * 4,), "uint32")
         b = T.alloc_local((MM * 2,), "uint32")
@@ -258,25 +261,25 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
                             *[acc[(i * MM + j) * 4 + r] for r in range(4)])
 
         @T.inline
-        def multiply_together(first):
+        def multiply_together():
             # Four warps at once, on shared memory as it is; the tile before may still be read.
             T.ptx["wgmma.fence.sync.aligned"]()
             for step in T.unroll(BK // MMA_K):
                 for i in T.unroll(MP):
                     T.ptx[WGMMA](
                         *[acc[i * MM * 4 + r] for r in range(MM * 4)],
-                        pixels_at + T.Cast("uint64", stage_out + i * (64 * BK // CHUNK)
+                        pixels_at + T.Cast("uint64", stage_out + i * (WGMMA_P * BK // CHUNK)
                                            + step * (MMA_K // CHUNK)),
                         filter_at + T.Cast("uint64", stage_out + step * (MMA_K // CHUNK)),
-                        T.Not(T.And(first, step == 0)), 1, 1, 0, 0)
+                        T.bool(True), 1, 1, 0, 0)
             T.ptx["wgmma.commit_group.sync.aligned"]()
 
         if c.wgmma:
             filter_at: T.let = T.uint64(DESCRIPTOR) + T.Cast(
                 "uint64", T.cuda.cvta_generic_to_shared(ring.ptr_to([0])) // 16)
             pixels_at: T.let = filter_at + T.Cast(
-                "uint64", FILTER // CHUNK + warp // 4 * (4 * c.warp_p * BK // CHUNK))
-        for k in T.serial(K_TILES):
+                "uint64", (FILTER + warp // WARPGROUP * (WARPGROUP * c.warp_p * BK)) // CHUNK)
+        for _ in T.serial(K_TILES):
             T.ptx["cp.async.wait_group"](AHEAD - 1)
             if c.wgmma:
                 # Copies are ordinary writes, and wgmma reads in another way: a fence between.
@@ -285,7 +288,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
             # wgmma the one before that: its stage is the one that the next copies fill.
             T.cuda.cta_sync()
             if c.wgmma:
-                multiply_together(k == 0)
+                multiply_together()
                 copy_tile()
                 T.ptx["wgmma.wait_group.sync.aligned"](1)
             else:
@@ -304,7 +307,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
         extra = T.alloc_local((CHUNK,), DTYPE)
         for i in T.unroll(MP):
             for half in T.unroll(2):
-                p: T.let = (p_tile * BP + warp_p + i * (64 if c.wgmma else MMA_P) + half * 8
+                p: T.let = (p_tile * BP + warp_p + i * (WGMMA_P if c.wgmma else MMA_P) + half * 8
                             + lane // 4)
                 for q in T.unroll(c.warp_m // GROUP):
                     m: T.let = m_tile * BM + warp_m + q * GROUP + lane % 4 * CHUNK

@@ -12,6 +12,8 @@ CHUNK = 8
 MULTIPLICANDS = {"float16": "f16", "bfloat16": "bf16"}
 # mma.m16n8k16: rows are pixels, columns channels.
 MMA_P, MMA_M, MMA_K = 16, 8, 16
+# wgmma: so many warps multiply together, and a row of their matrix is a pixel.
+WARPGROUP, WGMMA_P = 4, 64
 # Channels over whose matrices a thread's sums are spread so that it ends up with CHUNK neighbours.
 GROUP = 32
 
@@ -59,7 +61,7 @@ def shared_bytes(c: Config) -> int:
 def registers(c: Config) -> int:
     """Registers of a thread, about: sums, fragments of a step, three a copied pixel, and the rest.
 
-    At least what nvcc 13.0 takes on sm_80 and sm_90 where nothing bounds it.
+    At least what nvcc 13.0 took on sm_80 and sm_90 in a dozen configurations that nothing bounds.
     """
     pixels = c.block_p * c.block_k // CHUNK // c.threads
     if c.wgmma:  # no fragments

@@ -17,7 +17,7 @@ REGISTERS = 65536
 # Part of the multiprocessors that clusters of 1, 2, ... 8 blocks can occupy at the same time: a
 # cluster stays within one group of multiprocessors (cudaOccupancyMaxActiveClusters on an H100).
 CLUSTERED = tuple(n / 132 for n in (132, 132, 122, 124, 117, 118, 121, 124))
-# Instructions of one tile that the instruction cache holds without loss.
+# Instructions of one tile that the instruction cache holds without loss, by the same fit.
 CACHED_INSTRUCTIONS = 1100
 
 

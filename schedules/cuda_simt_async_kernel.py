@@ -90,6 +90,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, explicit:
     PIXEL_STEPS = pixel_steps(c, problem)
     K_STEPS = -(-BK // 8) if last else -(-BK // WARPS)
     NEXT_P, NEXT_K = (4, 8) if last else (WARP, 1)  # from one step to the next
+    # Distances that a thread holds at a time: some loads in flight together, few registers.
     RUN_K = min(K_STEPS, 8)
 
     # A thread's outputs, as vectors along the output's innermost axis: how many positions it has,

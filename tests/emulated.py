@@ -22,10 +22,10 @@ def assert_right(form, problem, config=None, epilogue=NONE, kinds=tensors.KINDS,
         assert result.ok, f"{config}: {result.message}"
 
 
-def assert_nan_and_infinity_stay_local(form, problem, config=None):
+def assert_nan_and_infinity_stay_local(form, problem, config=None, target=TARGET):
     """They reach the outputs that read them, and no others."""
     schedule = SCHEDULES[form]
-    config = config or schedule.default(problem, TARGET)
+    config = config or schedule.default(problem, target)
     for seed, value in enumerate((np.nan, np.inf)):
         made = tensors.fill(problem, "integer", seed, True, True)
         chance = random.Random(seed)
@@ -35,7 +35,7 @@ def assert_nan_and_infinity_stay_local(form, problem, config=None):
             made.x, made.w, problem, made.bias, made.residual, activation="relu"
         )
         actual = emulate.run(
-            schedule, problem, config, TARGET, made._asdict(), Epilogue(True, True, "relu")
+            schedule, problem, config, target, made._asdict(), Epilogue(True, True, "relu")
         )
         actual = actual.astype("float64")  # NumPy does not compare NaN of bfloat16
         np.testing.assert_array_equal(actual, expected)

@@ -116,6 +116,8 @@ def test_epilogues(bias, residual, activation):
 )
 def test_nan_and_infinity_reach_the_outputs_that_read_them_and_no_others(problem):
     assert_nan_and_infinity_stay_local(FORM, problem)
+    together = Config(64, 128, 64, 64, 16, stages=4, wgmma=True)
+    assert_nan_and_infinity_stay_local(FORM, problem, together, HOPPER)
 
 
 @pytest.mark.parametrize("block_k", [32, 64])
