@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod, sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -18,8 +18,10 @@ __all__ = [
     "Tensors",
     "check",
     "fill",
+    "from_torch",
     "poisoned",
     "rounding_limits",
+    "to_torch",
 ]
 
 #: How tensors are filled: unit-scale outputs, or integers whose every sum is exact.
@@ -110,6 +112,24 @@ def fill(
 def poisoned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """An array of NaN: an output buffer in which elements never written show."""
     return np.full(shape, np.nan, dtype)
+
+
+def to_torch(array: np.ndarray) -> Any:
+    """A PyTorch tensor over the array's memory; bfloat16, which PyTorch does not take, by bits."""
+    import torch
+
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def from_torch(tensor: Any) -> np.ndarray:
+    """A PyTorch tensor's values on the host, in its dtype: the way back of `to_torch`."""
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16)
+    return tensor.cpu().numpy()
 
 
 def check(

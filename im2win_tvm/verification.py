@@ -56,13 +56,12 @@ def on_device(kernel: Kernel) -> Run:
     """Runs a kernel where it is at home: on NumPy arrays, or on PyTorch tensors on the GPU."""
     if kernel.metadata["target"]["kind"] == "llvm":
         return lambda made: kernel(made.x, made.w, out=_poisoned(kernel.problem))
-    import torch
 
     def run(made: tensors.Tensors) -> np.ndarray:
         x, w, out = (
-            torch.from_numpy(array).cuda() for array in (made.x, made.w, _poisoned(kernel.problem))
+            tensors.to_torch(array).cuda() for array in (made.x, made.w, _poisoned(kernel.problem))
         )
-        return kernel(x, w, out=out).cpu().numpy()
+        return tensors.from_torch(kernel(x, w, out=out))
 
     return run
 

@@ -41,6 +41,13 @@ EDGES = {
 }
 
 
+# For tensor cores: 40 channels of the input and 38 of the output a group, all tails, padding and
+# steps that differ.
+HALVES_RAGGED = ConvProblem(
+    3, 80, (9, 11), 76, (3, 2), (1, 2), ((0, 1), (1, 0)), (1, 2), 2, "float16", "NHWC"
+)
+
+
 def edge_problems() -> Iterator[tuple[str, ConvProblem]]:
     """(name, problem) of every edge in every layout and dtype."""
     for name, problem in EDGES.items():

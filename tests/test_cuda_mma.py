@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 from emulated import assert_nan_and_infinity_stay_local, assert_right
+from problems import HALVES_RAGGED as RAGGED
 from problems import LAYOUTS, edge_problems, halves, odd_problems, problem_id
 from simt_switches import TARGET
 
@@ -23,10 +24,6 @@ from im2win_tvm.target import CudaTarget
 FORM = "cuda_mma"
 SCHEDULE = SCHEDULES[FORM]
 HOPPER = CudaTarget("sm_90a")
-# 38 output channels and 40 of the input a group, padding and steps that differ: all tails.
-RAGGED = ConvProblem(
-    3, 80, (9, 11), 76, (3, 2), (1, 2), ((0, 1), (1, 0)), (1, 2), 2, "float16", "NHWC"
-)
 WHOLE = ConvProblem(2, 64, (8, 8), 64, 3, dtype="float16", layout="NHWC")
 assert_equal = functools.partial(assert_right, FORM, kinds=("integer",))
 

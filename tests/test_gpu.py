@@ -4,7 +4,6 @@ nvcc takes seconds for each kernel. All of them are therefore built before the f
 asks for one, in as many processes as there are processors.
 """
 
-import functools
 import itertools
 import os
 import subprocess
@@ -15,7 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from problems import DTYPES, edge_problems, halves, odd_problems, problem_id
+from on_gpu import (
+    DEVICE,
+    assert_close_to_float64,
+    assert_right,
+    on_device,
+    poisoned,
+    run,
+    solved,
+    torch,
+)
+from problems import DTYPES, edge_problems, odd_problems, problem_id
 
 import im2win_tvm
 from im2win_tvm import ArgumentError, builds, reference, suites, tensors
@@ -25,7 +34,6 @@ from im2win_tvm.target import resolve
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = "cuda"
 # Every CUDA schedule of all float32 problems, and the narrowest dtype that it takes.
 FORMS = {
     "cuda_simt": "float16",
@@ -46,17 +54,6 @@ PAPER = {
     for layout in ("NCHW", "NHWC")
     for name, problem in suites.suite("paper", batch=128, layout=layout).items()
 }
-# Of the schedule that takes float16 and bfloat16 alone.
-MATRIX = "cuda_mma"
-MATRIX_PAPER = {
-    f"{name}-{layout}-{dtype}": problem
-    for layout, dtype in (("NHWC", "float16"), ("NCHW", "bfloat16"))
-    for name, problem in suites.suite("paper", batch=128, dtype=dtype, layout=layout).items()
-}
-MATRIX_PROBLEMS = halves([*EDGES.values(), *ODD])
-MATRIX_RAGGED = ConvProblem(
-    3, 80, (9, 11), 76, (3, 2), (1, 2), ((0, 1), (1, 0)), (1, 2), 2, "float16", "NHWC"
-)
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -97,8 +94,6 @@ def built(request):
         for form, (problem, epilogue) in itertools.product(FORMS, WANTED)
         if takes(form, problem) and (problem not in MANY or (form, problem) in selected)
     ]
-    keys += [(MATRIX, (problem, NONE)) for form, problem in selected if form == MATRIX]
-    keys += [(MATRIX, (MATRIX_RAGGED, epilogue)) for epilogue in EPILOGUES]
     started = time.perf_counter()
     kernels = builds.build_all(
         [
@@ -129,44 +124,6 @@ def kernel_of(built):
     return find
 
 
-@functools.cache
-def torch():
-    import torch
-
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    return torch
-
-
-def on_device(array):
-    return None if array is None else torch().from_numpy(array).to(DEVICE)
-
-
-def poisoned(problem):
-    dtype = getattr(torch(), problem.dtype)
-    return torch().full(problem.output_shape, torch().nan, dtype=dtype, device=DEVICE)
-
-
-def solved(problem, epilogue=NONE, kind="integer", seed=0):
-    """Operands on the device, and the reference's output."""
-    made = tensors.fill(problem, kind, seed, epilogue.bias, epilogue.residual)
-    expected = reference.conv2d(*made[:2], problem, *made[2:], epilogue.activation)
-    return tensors.Tensors(*map(on_device, made)), expected
-
-
-def run(kernel, made, w=None, out=None):
-    out = poisoned(kernel.problem) if out is None else out
-    weights = made.w if w is None else w
-    assert kernel(made.x, weights, made.bias, residual=made.residual, out=out) is out
-    return out
-
-
-def assert_right(kernel, kinds=tensors.KINDS):
-    for kind in kinds:
-        made, expected = solved(kernel.problem, kernel.epilogue, kind, 1)
-        result = tensors.check(run(kernel, made).cpu().numpy(), expected, kernel.problem, kind)
-        assert result.ok, f"{kernel.metadata['schedule']}, {kind}: {result.message}"
-
-
 @every_form_with(EDGES)
 def test_edges(problem, form, kernel_of):
     assert_right(kernel_of(form, problem))
@@ -177,41 +134,6 @@ def test_odd_problems(problem, form, kernel_of):
     assert_right(kernel_of(form, problem))
 
 
-@pytest.mark.parametrize("form", [MATRIX])
-@pytest.mark.parametrize("problem", MATRIX_PROBLEMS, ids=problem_id)
-def test_matrix_products(problem, form, kernel_of):
-    assert_right(kernel_of(form, problem))
-
-
-@pytest.mark.parametrize("problem", [MATRIX_RAGGED, MATRIX_RAGGED.replace(layout="NCHW")], ids=str)
-@pytest.mark.parametrize(
-    "config",
-    [
-        dict(block_m=64, block_p=64, block_k=32, warp_m=32, warp_p=32, stages=3),
-        dict(block_m=128, block_p=64, block_k=64, warp_m=64, warp_p=32, stages=2),
-        dict(block_m=64, block_p=64, block_k=64, warp_m=64, warp_p=16, stages=3, wgmma=True),
-        dict(block_m=128, block_p=256, block_k=64, warp_m=128, warp_p=32, stages=4, wgmma=True),
-    ],
-    ids=str,
-)
-def test_configurations_of_matrix_products(config, problem):
-    if config.get("wgmma") and resolve(DEVICE).arch != "sm_90a":
-        pytest.skip("wgmma needs sm_90a")
-    config = {"wgmma": False, **config, "blocks": 1}
-    kernel = im2win_tvm.compile(problem, DEVICE, schedule=MATRIX, config=config)
-    assert_right(kernel)
-
-
-@pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
-def test_epilogues_of_matrix_products(epilogue, kernel_of):
-    kernel = kernel_of(MATRIX, MATRIX_RAGGED, epilogue)
-    assert_right(kernel)
-    made, _ = solved(MATRIX_RAGGED, epilogue, kind="normal")
-    first = run(kernel, made)
-    for _ in range(20):
-        assert torch().equal(run(kernel, made), first)
-
-
 @every_form
 @pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
 def test_epilogues(epilogue, form, kernel_of):
@@ -219,52 +141,9 @@ def test_epilogues(epilogue, form, kernel_of):
     assert_right(kernel_of(form, WHOLE.replace(dtype=FORMS[form]), epilogue))
 
 
-def exact(x, w, problem):
-    """The convolution in PyTorch's float64 on the device, for a few images."""
-    first = x.permute(0, 3, 1, 2) if problem.channels_last else x
-    (top, bottom), (left, right) = problem.padding
-    y = torch().nn.functional.conv2d(
-        torch().nn.functional.pad(first.double(), (left, right, top, bottom)),
-        w.double(),
-        stride=problem.stride,
-        dilation=problem.dilation,
-        groups=problem.groups,
-    )
-    return y.permute(0, 2, 3, 1) if problem.channels_last else y
-
-
-@pytest.mark.parametrize("form", [MATRIX])
-@pytest.mark.parametrize("problem", MATRIX_PAPER.values(), ids=MATRIX_PAPER)
-def test_paper_layers_as_matrix_products(problem, form, kernel_of):
-    assert_close_to_float64(kernel_of(form, problem))
-
-
 @every_form_with({"-".join(key): problem for key, problem in PAPER.items()})
 def test_paper_layers(problem, form, kernel_of):
     assert_close_to_float64(kernel_of(form, problem))
-
-
-def assert_close_to_float64(kernel):
-    """Against float64 on the device in chunks of images; the largest takes some 10 GiB."""
-    problem = kernel.problem
-    dtype = getattr(torch(), problem.dtype)
-    generator = torch().Generator(DEVICE).manual_seed(3)
-    x = torch().randn(problem.input_shape, generator=generator, device=DEVICE).to(dtype)
-    w = torch().randn(problem.weight_shape, generator=generator, device=DEVICE) / problem.k**0.5
-    w = w.to(dtype)
-    out = kernel(x, w, out=poisoned(problem))
-    # Unit variance in, 1/K in the weights: the outputs' scale is 1.
-    limits = tensors.rounding_limits(problem, 1.0)
-    errors = squares = 0.0
-    for start in range(0, problem.batch, 4):
-        images = slice(start, start + 4)
-        expected = exact(x[images], w, problem)
-        error = (out[images].double() - expected).abs()
-        over = error - (limits.floor + limits.share * expected.abs())
-        assert over.max().item() <= 0, f"images from {start}: off by {error.max().item():.3g}"
-        errors += error.square().sum().item()
-        squares += expected.square().sum().item()
-    assert 0 < errors**0.5 <= limits.norm * squares**0.5
 
 
 @every_form

@@ -9,7 +9,7 @@ from im2win_tvm.reference import conv2d
 from im2win_tvm.tensors import check, fill, poisoned
 
 PROBLEM = ConvProblem(2, 16, (9, 11), 8, 3, padding=1)
-DTYPES = ("float32", "float16")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def solved(problem, kind, **arguments):
@@ -59,7 +59,7 @@ def test_integer_sums_are_exact_whatever_the_signs(problem, dtype):
     made = fill(p, "integer", bias=True, residual=True)
     positive = [np.abs(array) for array in made]
     largest = conv2d(positive[0], positive[1], p, positive[2], positive[3]).max()
-    assert largest <= {"float32": 2**24, "float16": 2**11}[dtype]
+    assert largest <= {"float32": 2**24, "float16": 2**11, "bfloat16": 2**8}[dtype]
     expected = conv2d(made.x, made.w, p, made.bias, made.residual)
     assert (expected == expected.astype(dtype)).all()
     assert (made.x != 0).all()
@@ -217,3 +217,15 @@ def test_wrong_arguments():
     assert "output is float64" in check(expected, expected, PROBLEM, "normal").message
     result = check(expected[0].astype(np.float32), expected, PROBLEM, "normal")
     assert not result.ok and "of shape (8, 9, 11), not float32 of shape" in result.message
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_to_pytorch_and_back(dtype):
+    torch = pytest.importorskip("torch")
+    values = [1.0, -2.5, np.inf, -0.0, 1e-3]
+    array = np.array(values).astype(dtype)
+    tensor = tensors.to_torch(array)
+    assert tensor.dtype == getattr(torch, dtype)
+    assert tensor.double().tolist() == array.astype("float64").tolist()
+    back = tensors.from_torch(tensor)
+    assert back.dtype == array.dtype and back.tobytes() == array.tobytes()

@@ -1,0 +1,85 @@
+"""What tests ask of kernels on a CUDA device, through PyTorch: their values against a reference."""
+
+import functools
+
+from im2win_tvm import reference, tensors
+from im2win_tvm.epilogue import NONE
+
+DEVICE = "cuda"
+
+
+@functools.cache
+def torch():
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return torch
+
+
+def on_device(array):
+    return None if array is None else tensors.to_torch(array).to(DEVICE)
+
+
+def poisoned(problem):
+    dtype = getattr(torch(), problem.dtype)
+    return torch().full(problem.output_shape, torch().nan, dtype=dtype, device=DEVICE)
+
+
+def solved(problem, epilogue=NONE, kind="integer", seed=0):
+    """Operands on the device, and the reference's output."""
+    made = tensors.fill(problem, kind, seed, epilogue.bias, epilogue.residual)
+    expected = reference.conv2d(*made[:2], problem, *made[2:], epilogue.activation)
+    return tensors.Tensors(*map(on_device, made)), expected
+
+
+def run(kernel, made, w=None, out=None):
+    out = poisoned(kernel.problem) if out is None else out
+    weights = made.w if w is None else w
+    assert kernel(made.x, weights, made.bias, residual=made.residual, out=out) is out
+    return out
+
+
+def assert_right(kernel, kinds=tensors.KINDS):
+    for kind in kinds:
+        made, expected = solved(kernel.problem, kernel.epilogue, kind, 1)
+        result = tensors.check(
+            tensors.from_torch(run(kernel, made)), expected, kernel.problem, kind
+        )
+        assert result.ok, f"{kernel.metadata['schedule']}, {kind}: {result.message}"
+
+
+def exact(x, w, problem):
+    """The convolution in PyTorch's float64 on the device, for a few images."""
+    first = x.permute(0, 3, 1, 2) if problem.channels_last else x
+    (top, bottom), (left, right) = problem.padding
+    y = torch().nn.functional.conv2d(
+        torch().nn.functional.pad(first.double(), (left, right, top, bottom)),
+        w.double(),
+        stride=problem.stride,
+        dilation=problem.dilation,
+        groups=problem.groups,
+    )
+    return y.permute(0, 2, 3, 1) if problem.channels_last else y
+
+
+def assert_close_to_float64(kernel):
+    """Against float64 on the device in chunks of images; the largest takes some 10 GiB."""
+    problem = kernel.problem
+    dtype = getattr(torch(), problem.dtype)
+    generator = torch().Generator(DEVICE).manual_seed(3)
+    x = torch().randn(problem.input_shape, generator=generator, device=DEVICE).to(dtype)
+    w = torch().randn(problem.weight_shape, generator=generator, device=DEVICE) / problem.k**0.5
+    w = w.to(dtype)
+    out = kernel(x, w, out=poisoned(problem))
+    # Unit variance in, 1/K in the weights: the outputs' scale is 1.
+    limits = tensors.rounding_limits(problem, 1.0)
+    errors = squares = 0.0
+    for start in range(0, problem.batch, 4):
+        images = slice(start, start + 4)
+        expected = exact(x[images], w, problem)
+        error = (out[images].double() - expected).abs()
+        over = error - (limits.floor + limits.share * expected.abs())
+        assert over.max().item() <= 0, f"images from {start}: off by {error.max().item():.3g}"
+        errors += error.square().sum().item()
+        squares += expected.square().sum().item()
+    assert 0 < errors**0.5 <= limits.norm * squares**0.5
