@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .problem import DTYPES
+
 
 class ArgumentError(ValueError):
     """An argument of a kernel with a wrong shape, dtype, device, layout or alignment."""
@@ -18,6 +20,11 @@ class Expected(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     alignment: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * DTYPES[self.dtype]
 
 
 def _torch():
@@ -73,6 +80,47 @@ def argument(name: str, array: Any, expected: Expected, device: str) -> Any:
     return view
 
 
+class Argument:
+    """One argument of a kernel, checked at every call: `argument` with all but the array known.
+
+    A PyTorch tensor that fits is seen to fit in half a microsecond. Everything else takes the long
+    way, which knows more kinds of arrays and says what is wrong with one.
+    """
+
+    def __init__(self, name: str, expected: Expected, device: str):
+        self.name, self.expected, self.device = name, expected, device
+        self._shape, self._alignment = expected.shape, expected.alignment
+        self._on_cuda = device == "cuda"
+        self._tensor = None  # torch.Tensor, from the first tensor on: PyTorch is not imported here
+
+    def check(self, array: Any) -> Any:
+        """The array as the kernel takes it, sharing its memory. Raises as `argument` does."""
+        # Subclasses of tensors may answer as they like, and gradients depend on PyTorch's mode.
+        if (
+            type(array) is self._tensor
+            and array.shape == self._shape
+            and array.dtype is self._dtype
+            and (array.is_cuda if self._on_cuda else array.is_cpu)
+            and array.layout is self._strided
+            and array.is_contiguous()
+            and not array.requires_grad
+            and array.data_ptr() % self._alignment == 0
+        ):
+            return array
+        if self._tensor is None and is_torch(array):
+            torch = _torch()
+            self._dtype, self._strided = getattr(torch, self.expected.dtype), torch.strided
+            self._empty = torch.empty
+            self._tensor = torch.Tensor  # the last: another thread may be in the lines above
+        return argument(self.name, array, self.expected, self.device)
+
+    def empty_like(self, reference: Any) -> Any:
+        """An uninitialised array that fits, of the reference's framework, device and allocator."""
+        if type(reference) is self._tensor:
+            return self._empty(self._shape, dtype=self._dtype, device=reference.device)
+        return empty_like(reference, self.expected)
+
+
 def _check(name: str, shape, dtype: str, expected: Expected) -> None:
     if tuple(shape) != expected.shape:
         raise ArgumentError(f"{name}: shape {tuple(shape)}; this kernel takes {expected.shape}")
@@ -120,21 +168,6 @@ def _from_dlpack(name: str, array: Any, expected: Expected):
     view = tvm_ffi.from_dlpack(array)
     _check(name, view.shape, str(view.dtype), expected)
     return view, view.strides, view.data_ptr()
-
-
-def overlap(a: Any, b: Any) -> bool:
-    """Whether two arrays of NumPy or PyTorch, contiguous, share memory; False for others."""
-    spans = []
-    for array in (a, b):
-        if isinstance(array, np.ndarray):
-            start, size = array.ctypes.data, array.nbytes
-        elif is_torch(array):
-            start, size = array.data_ptr(), array.numel() * array.element_size()
-        else:
-            return False
-        spans.append((start, start + size))
-    (first, first_end), (second, second_end) = spans
-    return first < second_end and second < first_end
 
 
 def _contiguous(shape, strides) -> bool:

@@ -1,18 +1,19 @@
 """A compiled convolution: call it, prepare its weights, export it, load it again."""
 
 import ctypes
-import math
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from . import arrays, artifact
-from .arrays import ArgumentError, Expected
+from . import artifact
+from .arrays import Argument, ArgumentError, Expected
 from .epilogue import Epilogue
-from .problem import DTYPES, ConvProblem
+from .problem import ConvProblem
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Kernel:
 
     ``kernel(x, w, bias=None, *, residual=None, out=None)`` takes NumPy arrays (CPU kernels) or
     PyTorch tensors on the kernel's kind of device, shares their memory, and may be called from
-    several threads. On CUDA it runs on the caller's current stream.
+    several threads. On CUDA it runs on the caller's current stream. `bind` makes a call whose
+    arguments are checked once.
     """
 
     def __init__(self, path: Path, metadata: dict, owner: Any = None):
@@ -37,11 +39,17 @@ class Kernel:
         self.metadata = metadata
         self.problem = ConvProblem(**metadata["problem"])
         self.epilogue = Epilogue(**metadata["epilogue"])
-        self._expected = {
-            name: Expected(tuple(a["shape"]), a["dtype"], a["alignment"])
+        device = "cpu" if metadata["target"]["kind"] == "llvm" else "cuda"
+        self._arguments = {
+            name: Argument(
+                "out" if name == "y" else name,
+                Expected(tuple(a["shape"]), a["dtype"], a["alignment"]),
+                device,
+            )
             for name, a in metadata["arguments"].items()
         }
-        self._device = "cpu" if metadata["target"]["kind"] == "llvm" else "cuda"
+        self._x_bytes, self._y_bytes = (self._arguments[n].expected.nbytes for n in ("x", "y"))
+        self._workspaces = metadata["workspaces"]
 
     def __repr__(self):
         m = self.metadata
@@ -64,9 +72,10 @@ class Kernel:
         return self._loaded[0]
 
     @cached_property
-    def _steps(self) -> list[tuple[Any, list[str]]]:
+    def _steps(self) -> list[tuple[Any, Callable[[dict], tuple]]]:
+        """The functions of a call, each with what picks its arguments, in order, by their names."""
         return [
-            (getattr(self._module, call["function"]), call["arguments"])
+            (getattr(self._module, call["function"]), itemgetter(*call["arguments"]))
             for call in self.metadata["calls"]
         ]
 
@@ -83,7 +92,7 @@ class Kernel:
         """
         return (
             self.metadata["schedule"]["name"],
-            self._expected["packed"],
+            self._arguments["packed"].expected,
             self.problem.weight_shape,
             self.problem.groups,
             self.problem.channels_last,
@@ -96,10 +105,7 @@ class Kernel:
         Workspaces allocated from the caller's framework, and on the CPU the scratch memory of
         each thread.
         """
-        allocated = sum(
-            math.prod(self._expected[name].shape) * DTYPES[self._expected[name].dtype]
-            for name in self.metadata["workspaces"]
-        )
+        allocated = sum(self._arguments[name].expected.nbytes for name in self._workspaces)
         scratch = self.metadata["scratch_bytes_per_thread"]
         if scratch:
             scratch *= self._loaded[1].im2win_threads()
@@ -107,10 +113,9 @@ class Kernel:
 
     def prepare(self, w: Any) -> PreparedWeights:
         """Bring weights ``[Co, Ci / groups, *kernel_size]`` into the kernel's order, once."""
-        view = arrays.argument("w", w, self._expected["w"], self._device)
-        packed = arrays.empty_like(w, self._expected["packed"])
-        into = arrays.argument("packed", packed, self._expected["packed"], self._device)
-        self._prepare(view, into)
+        view = self._arguments["w"].check(w)
+        packed = self._arguments["packed"].empty_like(w)
+        self._prepare(view, self._arguments["packed"].check(packed))
         return PreparedWeights(packed, self._origin)
 
     def __call__(self, x: Any, w: Any, bias: Any = None, *, residual: Any = None, out: Any = None):
@@ -120,40 +125,78 @@ class Kernel:
         problem's layout; w as `problem.weight_shape`; bias ``[Co]``; all in the problem's dtype.
         Raises ArgumentError before anything runs.
         """
-        views = {"x": arrays.argument("x", x, self._expected["x"], self._device)}
-        for name, array, compiled in (
-            ("bias", bias, self.epilogue.bias),
-            ("residual", residual, self.epilogue.residual),
-        ):
+        views, out = self._checked(x, w, bias, residual, out)
+        for function, pick in self._steps:
+            function(*pick(views))
+        return out
+
+    def bind(
+        self, x: Any, w: Any, bias: Any = None, *, residual: Any = None, out: Any = None
+    ) -> "BoundCall":
+        """This call, to be made many times on the same arrays: checked once, here.
+
+        Arguments and errors as those of a call. Raw weights are prepared here, once.
+        """
+        views, out = self._checked(x, w, bias, residual, out)
+        return BoundCall(self, out, [(function, pick(views)) for function, pick in self._steps])
+
+    def _checked(self, x, w, bias, residual, out) -> tuple[dict[str, Any], Any]:
+        """What a call's functions take, by name, and the array that it returns.
+
+        Raises ArgumentError. Made anew at each call are the output, unless it is given, the
+        workspaces and raw weights in the kernel's order.
+        """
+        arguments = self._arguments
+        views = {"x": arguments["x"].check(x)}
+        for name, array in (("bias", bias), ("residual", residual)):
+            compiled = name in arguments
             if (array is not None) != compiled:
                 raise ArgumentError(
                     f"{name}: {'missing' if compiled else 'given'}; this kernel was compiled with "
                     f"{name}={compiled}"
                 )
             if compiled:
-                views[name] = arrays.argument(name, array, self._expected[name], self._device)
+                views[name] = arguments[name].check(array)
         if out is None:
-            out = arrays.empty_like(x, self._expected["y"])
-        elif arrays.overlap(x, out):
+            out = arguments["y"].empty_like(x)
+        views["y"] = arguments["y"].check(out)
+        x_at, y_at = views["x"].data_ptr(), views["y"].data_ptr()
+        if x_at < y_at + self._y_bytes and y_at < x_at + self._x_bytes:
             raise ArgumentError("out: overlaps x, which is read while out is written")
-        views["y"] = arrays.argument("out", out, self._expected["y"], self._device)
         if not isinstance(w, PreparedWeights):
             w = self.prepare(w)
-        elif w.origin != self._origin:
+        # The kernel's own weights have its own tuple, and to compare contents takes longer.
+        elif w.origin is not self._origin and w.origin != self._origin:
             raise ArgumentError("w: prepared by a kernel with another configuration")
-        views["packed"] = arrays.argument(
-            "packed", w.packed, self._expected["packed"], self._device
-        )
-        for name in self.metadata["workspaces"]:
-            workspace = arrays.empty_like(x, self._expected[name])
-            views[name] = arrays.argument(name, workspace, self._expected[name], self._device)
-        for function, names in self._steps:
-            function(*(views[name] for name in names))
-        return out
+        views["packed"] = arguments["packed"].check(w.packed)
+        for name in self._workspaces:
+            views[name] = arguments[name].check(arguments[name].empty_like(x))
+        return views, out
 
     def export(self, path: str | os.PathLike) -> Path:
         """Write the kernel as one shared library; an existing file is replaced in one step."""
         return artifact.copy_atomically(self._path, path)
+
+
+class BoundCall:
+    """A kernel with its arguments; made by `Kernel.bind`. ``bound()`` runs it and returns `out`.
+
+    It shares the arrays' memory: new values in them count at the next call, but an array must stay
+    as it is and where it is, since nothing is checked again. It keeps them and its own workspaces
+    for as long as it lives. On CUDA it runs on the stream that is current at the call, and may be
+    captured in a graph, which must not outlive it. Two threads or streams need one each: they would
+    write the same memory.
+    """
+
+    __slots__ = ("_steps", "kernel", "out")
+
+    def __init__(self, kernel: Kernel, out: Any, steps: list[tuple[Any, tuple]]):
+        self.kernel, self.out, self._steps = kernel, out, steps
+
+    def __call__(self) -> Any:
+        for function, arguments in self._steps:
+            function(*arguments)
+        return self.out
 
 
 def load(path: str | os.PathLike) -> Kernel:

@@ -1,0 +1,184 @@
+"""What a call costs the host, in microseconds: from Python in several ways, and from C++.
+
+    python scripts/host_cost.py --target cuda --json OUT.json
+
+Batches of calls are timed, and the median over the batches is told. On CUDA a call has been made
+once its launch is queued: nothing waits within a batch, and a batch is smaller than the queue. On a
+CPU the kernel runs within the call, and nothing is subtracted for it: it is tiny, has one thread so
+as not to wait for others, and is part of the figure from C++, which limits its share of the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from timeit import Timer
+from typing import Any
+
+import im2win_tvm
+from im2win_tvm import environment, toolchain
+from im2win_tvm.problem import ConvProblem
+from im2win_tvm.target import resolve
+
+PROBLEM = ConvProblem(1, 8, (4, 4), 8, 1)
+WARM_UP = 5  # batches
+
+#: What is timed, by name: statements on the names that `measure` gives them.
+STATEMENTS = {
+    "kernel(x, w, out=out)": "kernel(x, w, **operands, out=out)",
+    "kernel(x, w)": "kernel(x, w, **operands)",
+    "of that, the allocation": "empty(shape, dtype=dtype, device=device)",
+    "kernel.bind(x, w, out=out)()": "bound()",
+    "the function, on PyTorch's tensors": "function(*tensors)",
+    "the function, on tvm_ffi's tensors": "function(*converted)",
+}
+CPP = "the function, from C++ on DLTensors"
+
+SOURCE = r"""
+#include <tvm/ffi/container/array.h>
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/extra/module.h>
+#include <tvm/ffi/function.h>
+#include <chrono>
+#include <vector>
+namespace ffi = tvm::ffi;
+
+// Seconds of every batch of calls of the library's im2win_conv.
+ffi::Array<double> Time(ffi::String library, ffi::Array<ffi::Tensor> tensors, int batches,
+                        int calls, ffi::Function synchronize) {
+  ffi::Module module = ffi::Module::LoadFromFile(library);
+  ffi::Function conv = module->GetFunction("im2win_conv").value();
+  std::vector<DLTensor> views;
+  for (const ffi::Tensor& tensor : tensors) views.push_back(*tensor.GetDLTensorPtr());
+  std::vector<ffi::AnyView> arguments;
+  for (DLTensor& view : views) arguments.push_back(&view);
+  std::vector<double> seconds;
+  for (int batch = 0; batch < batches; ++batch) {
+    auto start = std::chrono::steady_clock::now();
+    for (int call = 0; call < calls; ++call) {
+      ffi::Any result;
+      conv.CallPacked(arguments.data(), static_cast<int>(arguments.size()), &result);
+    }
+    std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    synchronize();
+    seconds.push_back(took.count());
+  }
+  return ffi::Array<double>(seconds.begin(), seconds.end());
+}
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(time, Time);
+"""
+
+
+def build_cpp(folder: Path) -> Path:
+    """SOURCE as a library."""
+    from tvm_ffi import libinfo
+
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise SystemExit("no C++ compiler (Debian: apt-get install g++)")
+    source, library = folder / "host_cost.cc", folder / "host_cost.so"
+    source.write_text(SOURCE)
+    runtime = Path(libinfo.find_libtvm_ffi())
+    toolchain.run([
+        compiler, "-std=c++17", "-O2", "-shared", "-fPIC", *toolchain.include_flags(),
+        "-o", str(library), str(source), str(runtime), f"-Wl,-rpath,{runtime.parent}",
+    ])  # fmt: skip
+    return library
+
+
+def python_costs(
+    names: dict[str, Any], batches: int, calls: int, synchronize: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Seconds of every batch of each of STATEMENTS, which take turns."""
+    timers = {name: Timer(statement, globals=names) for name, statement in STATEMENTS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
+    for batch in range(WARM_UP + batches):
+        for name, timer in timers.items():
+            took = timer.timeit(calls)
+            synchronize()
+            if batch >= WARM_UP:
+                seconds[name].append(took)
+    return seconds
+
+
+def measure(kernel: Any, device: str, batches: int, calls: int) -> dict[str, dict[str, float]]:
+    """Median and quartiles of one call, in microseconds, by what is timed."""
+    import torch
+    import tvm_ffi
+
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    # Kernels with a workspace, which these are not, run a transform before.
+    if [call["function"] for call in kernel.metadata["calls"]] != ["im2win_conv"]:
+        raise SystemExit(f"{kernel}: runs more than im2win_conv")
+    made = {
+        name: torch.ones(argument["shape"], device=device)
+        for name, argument in kernel.metadata["arguments"].items()
+    }
+    prepared = kernel.prepare(made["w"])
+    made["packed"] = prepared.packed
+    x, out = made["x"], made["y"]
+    operands = {name: made[name] for name in ("bias", "residual") if name in made}
+    tensors = [made[name] for name in kernel.metadata["calls"][0]["arguments"]]
+    with tempfile.TemporaryDirectory(prefix="im2win-") as folder:
+        library = kernel.export(Path(folder) / "kernel.so")
+        names = {
+            "kernel": kernel, "x": x, "w": prepared, "operands": operands, "out": out,
+            "empty": torch.empty, "shape": tuple(out.shape), "dtype": x.dtype, "device": x.device,
+            "bound": kernel.bind(x, prepared, **operands, out=out),
+            "function": tvm_ffi.load_module(str(library)).im2win_conv,
+            "tensors": tensors, "converted": [tvm_ffi.from_dlpack(t) for t in tensors],
+        }  # fmt: skip
+        seconds = python_costs(names, batches, calls, synchronize)
+        cpp = tvm_ffi.load_module(str(build_cpp(Path(folder))))
+        times = cpp.time(str(library), tensors, WARM_UP + batches, calls, synchronize)
+        seconds[CPP] = list(times)[WARM_UP:]
+    return {name: summary([1e6 * s / calls for s in took]) for name, took in seconds.items()}
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": round(median, 3), "lower": round(low, 3), "upper": round(high, 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--target", choices=("llvm", "cuda"), default="llvm")
+    parser.add_argument("--epilogue", action="store_true", help="with bias and residual")
+    parser.add_argument("--batches", type=int, default=500, help="default: %(default)s")
+    parser.add_argument("--calls", type=int, default=100, help="in a batch; default: %(default)s")
+    parser.add_argument("--json", type=Path, help="write the figures as a record")
+    options = parser.parse_args()
+    if options.batches < 2 or not 1 <= options.calls <= 500:
+        raise SystemExit("--batches: from 2; --calls: from 1 to 500, for CUDA queues about 1000")
+    if options.target == "llvm":
+        # OpenMP reads it when it is loaded: with PyTorch, which TVM imports if it is installed.
+        os.environ["OMP_NUM_THREADS"] = "1"
+    target = resolve(options.target)
+    kernel = im2win_tvm.compile(PROBLEM, target, bias=options.epilogue, residual=options.epilogue)
+    device = "cpu" if options.target == "llvm" else "cuda"
+    costs = measure(kernel, device, options.batches, options.calls)
+    print(f"{PROBLEM} on {environment.device_name(target)}: us a call, and the middle half")
+    for name, cost in costs.items():
+        print(f"{name:36} {cost['median']:7.2f}   {cost['lower']:.2f} to {cost['upper']:.2f}")
+    if options.json:
+        figures = {
+            "problem": str(PROBLEM),
+            "schedule": kernel.metadata["schedule"],
+            "epilogue": kernel.metadata["epilogue"],
+            "batches": options.batches,
+            "calls_per_batch": options.calls,
+            "host_us_per_call": costs,
+        }
+        command = ["python", *sys.argv]
+        environment.write_record(options.json, "host-cost", command, target, figures)
+
+
+if __name__ == "__main__":
+    main()
