@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,9 @@ from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipelin
 from .schedules.base import ALIGNMENT, ARGUMENTS, CONV, TRANSFORM
 from .target import CpuTarget, CudaTarget
 
+# What generated host code begins with, after its includes.
+_HOST = "#define TVM_DLL TVM_FFI_DLL_EXPORT"
+_TENSOR_MAP = Path(__file__).parent / "native" / "tensor_map.cuh"
 # Allocated by this package, like the workspaces: they keep TVM's alignment, a cache line.
 _OURS = ("packed",)
 
@@ -167,7 +171,12 @@ def cuda_source(module: tvm.IRModule, target: CudaTarget) -> str:
     tvm_target = target.tvm()
     with _source_only(), tvm_target:
         executable = tvm.compile(module, target=tvm_target, tir_pipeline=_PIPELINE)
-    return export_cuda_host(executable.mod)
+    source = export_cuda_host(executable.mod)
+    if "cuTensorMapEncodeTiled" not in source:
+        return source
+    # The driver's function would be linked with its library, and called at every call.
+    kernels, host, functions = source.rpartition(_HOST)
+    return kernels + _TENSOR_MAP.read_text() + host + functions
 
 
 __all__ = [

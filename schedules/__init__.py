@@ -7,16 +7,20 @@ from .cuda_simt import EXPLICIT as CUDA_SIMT_EXPLICIT
 from .cuda_simt import IMPLICIT as CUDA_SIMT
 from .cuda_simt_async import EXPLICIT as CUDA_SIMT_ASYNC_EXPLICIT
 from .cuda_simt_async import IMPLICIT as CUDA_SIMT_ASYNC
+from .cuda_window import SCHEDULE as CUDA_WINDOW
+from .cuda_window import TF32 as CUDA_WINDOW_TF32
 
 SCHEDULES: dict[str, Schedule] = {
     schedule.name: schedule
     for schedule in (
         CPU_BLOCKED,
+        CUDA_WINDOW,
+        CUDA_WINDOW_TF32,
+        CUDA_MMA,
         CUDA_SIMT_ASYNC,
         CUDA_SIMT_ASYNC_EXPLICIT,
         CUDA_SIMT,
         CUDA_SIMT_EXPLICIT,
-        CUDA_MMA,
     )
 }
 

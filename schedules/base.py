@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
+from ..accuracy import OWN
 from ..epilogue import NONE, Epilogue
 from ..problem import ConvProblem
 from ..target import Target
@@ -49,6 +50,14 @@ class Schedule(ABC):
     @abstractmethod
     def schedule(self, problem: ConvProblem, config: Any, target: Target, epilogue: Epilogue):
         """The `tvm.IRModule`; called by `build` with what has passed `supports` and `check`."""
+
+    def accuracy(self, problem: ConvProblem) -> str:
+        """The accuracy class of its outputs, that of the dtype unless a schedule says otherwise.
+
+        One that computes float32 in tf32 is a schedule with a name of its own: the class follows
+        from the name wherever one is written down, in tuning records too.
+        """
+        return OWN[problem.dtype]
 
     def scratch_bytes(self, problem: ConvProblem, config: Any, target: Target) -> int:
         """Memory that each CPU thread takes for itself during a call."""

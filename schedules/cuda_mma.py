@@ -26,7 +26,7 @@ from ..expr import gemm_sizes
 from ..problem import ConvProblem
 from ..target import CudaTarget
 from .base import CONV, PREPARE, TRANSFORM, Schedule
-from .cuda_mma_channels_last import copy_channels_last, is_needed, shape
+from .cuda_channels_last import copy_channels_last, is_needed, shape
 from .cuda_mma_kernel import convolve, prepare
 from .cuda_mma_tiles import (
     CHUNK,

@@ -15,7 +15,7 @@ from ..expr import finish, gemm_sizes, window_position
 from ..problem import ConvProblem
 from .base import ALIGNMENT
 from .cuda_elementwise import elementwise
-from .cuda_mma_channels_last import is_needed, shape
+from .cuda_channels_last import is_needed, padded_channels, shape
 from .cuda_mma_tiles import (
     CHUNK,
     GROUP,
@@ -27,7 +27,6 @@ from .cuda_mma_tiles import (
     WARPGROUP,
     WGMMA_P,
     Config,
-    padded_channels,
     reduction,
     shared_bytes,
 )

@@ -43,11 +43,6 @@ class Config:
         return (self.block_m // self.warp_m) * (self.block_p // self.warp_p) * WARP
 
 
-def padded_channels(problem: ConvProblem) -> int:
-    """Input channels of a group, in whole copies."""
-    return -(-problem.in_channels // problem.groups // CHUNK) * CHUNK
-
-
 def reduction(problem: ConvProblem, c: Config) -> KAxes:
     """The order of K: channels of one tap, then the next tap, then the next channels."""
     return k_axes(problem, c.block_k, "blocks")

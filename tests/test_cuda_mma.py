@@ -16,7 +16,7 @@ from im2win_tvm import lower, simulate, suites, toolchain
 from im2win_tvm.epilogue import NONE, Epilogue
 from im2win_tvm.problem import ConvProblem
 from im2win_tvm.schedules import SCHEDULES, ScheduleError
-from im2win_tvm.schedules.cuda_mma_channels_last import copy_channels_last, is_needed
+from im2win_tvm.schedules.cuda_channels_last import copy_channels_last, is_needed
 from im2win_tvm.schedules.cuda_mma_kernel import convolve
 from im2win_tvm.schedules.cuda_mma_tiles import MULTIPLICANDS, Config
 from im2win_tvm.target import CudaTarget

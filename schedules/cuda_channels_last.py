@@ -1,4 +1,7 @@
-"""What `cuda_mma` reads where x is not NHWC with eights of channels a group: a copy that is."""
+"""What tensor cores read where x is not NHWC with whole vectors of channels a group: a copy that is.
+
+A vector is 16 bytes: eights of channels of 16 bits, fours of 32.
+"""
 
 import math
 
@@ -7,17 +10,21 @@ from tvm.script import tirx as T
 
 from ..problem import ConvProblem
 from .cuda_elementwise import elementwise
-from .cuda_mma_tiles import CHUNK, padded_channels
 
-# Pixels and channels of a tile: a row of either is one 128-byte line.
+VECTOR_BYTES = 16
+# Pixels and channels of a tile: a row of either is whole 128-byte lines.
 TILE = 64
 THREADS = 256
-# Words of a row of the tile in shared memory: odd, so that a column falls on all banks.
-PITCH = TILE // 2 + 1
+
+
+def padded_channels(problem: ConvProblem) -> int:
+    """Input channels of a group, in whole vectors."""
+    vector = VECTOR_BYTES // problem.itemsize
+    return -(-problem.in_channels // problem.groups // vector) * vector
 
 
 def shape(problem: ConvProblem) -> tuple[int, ...]:
-    """Of the copy: ``[N, H, W, G * eights]``."""
+    """Of the copy: ``[N, H, W, G * whole vectors]``."""
     return (problem.batch, *problem.input_size, problem.groups * padded_channels(problem))
 
 
@@ -50,6 +57,10 @@ def _transpose(problem: ConvProblem):
     wide = problem.groups * padded
     P_TILES, C_TILES = -(-pixels // TILE), -(-wide // TILE)
     ROWS = THREADS // TILE  # channels that are read at a time
+    PER_WORD = 4 // problem.itemsize
+    # Words of a row of the tile in shared memory: odd, so that a column falls on all banks.
+    PITCH = TILE // PER_WORD + 1
+    CHUNK = VECTOR_BYTES // problem.itemsize
     CHUNKS = TILE // CHUNK
     NEXT_P = THREADS // CHUNKS
 
@@ -63,9 +74,9 @@ def _transpose(problem: ConvProblem):
         block = T.cta_id([problem.batch * P_TILES * C_TILES])
         thread = T.thread_id([THREADS])
         x_flat = T.decl_buffer((math.prod(problem.input_shape),), dtype, data=x.data)
-        words = T.decl_buffer((math.prod(shape(problem)) // 2,), "uint32", data=nhwc.data)
+        words = T.decl_buffer((math.prod(shape(problem)) // PER_WORD,), "uint32", data=nhwc.data)
         pool = T.SMEMPool()
-        tile = pool.alloc((TILE * PITCH * 2,), dtype, align=128)
+        tile = pool.alloc((TILE * PITCH * PER_WORD,), dtype, align=128)
         pool.commit()
         tile_words = T.decl_buffer((TILE * PITCH,), "uint32", data=tile.data)
         first_c: T.let = block % C_TILES * TILE
@@ -78,7 +89,7 @@ def _transpose(problem: ConvProblem):
             row: T.let = i * ROWS + thread // TILE
             c: T.let = first_c + row
             inside: T.let = T.And(T.And(c < wide, c % padded < channels), pixel < pixels)
-            tile[thread % TILE * (PITCH * 2) + row] = T.if_then_else(
+            tile[thread % TILE * (PITCH * PER_WORD) + row] = T.if_then_else(
                 inside,
                 x_flat[(image * problem.in_channels + c // padded * channels + c % padded)
                        * pixels + pixel],
@@ -94,7 +105,7 @@ def _transpose(problem: ConvProblem):
                 for e in T.unroll(4):
                     out[e] = tile_words[p * PITCH + chunk * 4 + e]
                 for e in T.vectorized(4):
-                    words[((image * pixels + first_p + p) * wide + first_c) // 2 + chunk * 4
-                          + e] = out[e]
+                    words[((image * pixels + first_p + p) * wide + first_c) // PER_WORD
+                          + chunk * 4 + e] = out[e]
     # fmt: on
     return function

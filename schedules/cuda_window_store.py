@@ -1,0 +1,212 @@
+"""From the sums of a warpgroup to outputs in memory: the last step of `cuda_window`.
+
+A thread holds, of every eight pixels (columns of the product), two neighbouring ones in each of two
+channels (rows). Outputs of 16 bits in NHWC go through shared memory, which turns them round, and
+leave as whole runs of 64 channels; others go straight from registers.
+"""
+
+# Bodies of inline functions are parsed as TIRx: their names are variables of the kernel.
+# ruff: noqa: F841
+
+from tvm import tirx
+from tvm.script import tirx as T
+
+from ..epilogue import Epilogue
+from ..expr import finish
+from .cuda_window_tiles import STAGED_PIXELS, Geometry
+from .hopper import ATOM_BYTES, WARPGROUP, WGMMA_M
+
+# Halves of a 128-bit vector, and vectors of a pixel's 64 channels.
+VECTOR = 8
+VECTORS = WGMMA_M // VECTOR
+# Eights of pixels that are staged at a time.
+EACH = STAGED_PIXELS // 8
+
+
+def is_staged(geometry: Geometry) -> bool:
+    """Whether outputs go through shared memory: 16 bits each, vectors of them aligned."""
+    p = geometry.problem
+    return p.itemsize == 2 and p.channels_last and geometry.per_group % VECTOR == 0
+
+
+@T.meta_class
+class Store:
+    """Bias, residual, activation, rounding, and the way to y, of one warpgroup."""
+
+    def __init__(self, geometry: Geometry, epilogue: Epilogue, staging, warpgroup, arrays):
+        self.geometry, self.epilogue, self.staged = geometry, epilogue, is_staged(geometry)
+        problem = geometry.problem
+        self.per_group, self.channels = geometry.per_group, problem.out_channels
+        self.plane = geometry.rows * geometry.columns
+        # Sums, bias and residual are added in float32, and rounded once.
+        self.sum_problem = problem.replace(dtype="float32")
+        self.bias, self.residual, self.y = arrays
+        self.staging, self.warpgroup = staging, warpgroup
+        self.bias_of = T.alloc_local((2,), problem.dtype)
+        self.pack = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}.get(
+            problem.dtype
+        )
+        if self.staged:
+            self.words = T.alloc_local((4,), "uint32")
+            self.extra = T.alloc_local((4,), "uint32")
+            self.vector = T.alloc_local((VECTOR,), problem.dtype)
+
+    def place(self, tile, column):
+        """Image, row and output column of a pixel of the warpgroup, and whether they are inside."""
+        g, c = self.geometry, self.geometry.config
+        piece, within = column // c.piece_n, column % c.piece_n
+        if c.images:
+            n, h, w = tile.n + within % c.tile_n, tile.h + piece, tile.w + within // c.tile_n
+        else:
+            n, h, w = tile.n + piece, tile.h + within // c.tile_w, tile.w + within % c.tile_w
+        inside = T.And(T.And(n < g.batch, h < g.rows), w < g.columns)
+        return n, h * g.columns + w, inside
+
+    def index(self, n, pixel, channel):
+        """Of an output in y."""
+        if self.geometry.problem.channels_last:
+            return (n * self.plane + pixel) * self.channels + channel
+        return (n * self.channels + channel) * self.plane + pixel
+
+    def finished(self, total, half, extra):
+        """The float32 output of a sum in the thread's row `half`."""
+        return finish(
+            total, half, [0], self.sum_problem, self.epilogue, self.bias_of, extra
+        )
+
+    @T.inline
+    def load_bias(self, tile, thread):
+        """The bias of this thread's two rows."""
+        if self.epilogue.bias:
+            for half in T.unroll(2):
+                m: T.let = tile.m + self.channel_of(thread, half)
+                self.bias_of[half] = self.bias[tile.group * self.per_group
+                                               + T.min(m, self.per_group - 1)]
+
+    def channel_of(self, thread, half):
+        """Of the thread's row `half` among the warpgroup's 64."""
+        warp, lane_row = thread // 32, thread % 32 // 4
+        if self.staged:
+            return warp * 16 + half * 8 + lane_row
+        return warp * 16 + lane_row * 2 + half
+
+    @T.inline
+    def direct(self, tile, thread, sums, first, groups):
+        """Eights of pixels from `first` on, two channels of a pixel at a time."""
+        out = T.alloc_local((2,), self.geometry.problem.dtype)
+        extra = T.alloc_local((1,), self.geometry.problem.dtype)
+        self.load_bias(tile, thread)
+        m: T.let = tile.m + self.channel_of(thread, 0)
+        channel: T.let = tile.group * self.per_group + m
+        for j in T.unroll(groups):
+            for e in T.unroll(2):
+                column = T.meta_var((first + j) * 8 + thread % 4 * 2 + e)
+                n, pixel, inside = T.meta_var(self.place(tile, column))
+                at: T.let = self.index(n, pixel, channel)
+                for half in T.unroll(2):
+                    into = T.meta_var(at + half * (1 if self.geometry.problem.channels_last
+                                                   else self.plane))
+                    if T.And(inside, T.And(m + half < self.per_group,
+                                           column < self.geometry.config.pixels)):
+                        if self.epilogue.residual:
+                            extra[0] = self.residual[into]
+                        self.y[into] = T.Cast(
+                            self.geometry.problem.dtype,
+                            self.finished(sums[j * 4 + half * 2 + e], half, extra))
+
+    def slot(self, buffer, column, vector):
+        """Where staging has 16 bytes of a pixel: exchanged among its eight by the pixel's number,
+        so that neither those who write nor those who read meet in a bank."""
+        first = (self.warpgroup * 2 + buffer) * STAGED_PIXELS
+        return (first + column) * WGMMA_M + T.bitwise_xor(vector, column % 8) * VECTOR
+
+    @T.inline
+    def run(self, tile, thread, sums, first, groups):
+        """Store the eights of pixels from `first` on; `sums` begins with theirs."""
+        if self.staged:
+            self.exchange(tile, thread, sums, first, groups)
+        else:
+            self.direct(tile, thread, sums, first, groups)
+
+    @T.inline
+    def exchange(self, tile, thread, sums, first, groups):
+        """Eights of pixels from `first` on, STAGED_PIXELS at a time, through shared memory."""
+        self.load_bias(tile, thread)
+        # Those who still read the last tile's outputs come first.
+        self.meet()
+        for part in T.unroll(groups // EACH):
+            self.exchange_part(tile, thread, sums, first, part, EACH)
+        if groups % EACH > 0:
+            self.exchange_part(tile, thread, sums, first, groups // EACH, groups % EACH)
+
+    @T.inline
+    def meet(self):
+        """The threads of this warpgroup wait for each other."""
+        T.ptx.bar.sync(T.Cast("uint32", self.warpgroup + 1), T.uint32(WARPGROUP))
+
+    @T.inline
+    def exchange_part(self, tile, thread, sums, first, part, groups):
+        warp: T.let = thread // 32
+        lane: T.let = thread % 32
+        buffer = T.meta_var(part % 2)
+        if self.epilogue.residual:
+            # The residual takes the way of the outputs backwards.
+            for i in T.unroll(-(-groups * 8 * VECTORS // WARPGROUP)):
+                self.move(tile, thread, buffer, first + part * EACH, groups, i, True)
+            self.meet()
+        for j in T.unroll(groups):
+            # A lane gives the address of a row of one of two 8x8 matrices: of a pixel.
+            at = T.meta_var(self.staging.ptr_to(
+                [self.slot(buffer, j * 8 + lane % 8, warp * 2 + lane // 8 % 2)]))
+            sum_at = T.meta_var((part * EACH + j) * 4)
+            if self.epilogue.residual:
+                T.ptx["ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16"](
+                    self.extra[0], self.extra[1], at)
+            for half in T.unroll(2):
+                T.ptx[self.pack](
+                    self.words[half],
+                    self.finished(sums[sum_at + half * 2 + 1], half, self.residual_of(half, 1)),
+                    self.finished(sums[sum_at + half * 2], half, self.residual_of(half, 0)))
+            T.ptx["stmatrix.sync.aligned.m8n8.x2.trans.shared.b16"](
+                at, self.words[0], self.words[1])
+        # Everybody's outputs are there; with two buffers the next ones need not wait.
+        self.meet()
+        for i in T.unroll(-(-groups * 8 * VECTORS // WARPGROUP)):
+            self.move(tile, thread, buffer, first + part * EACH, groups, i, False)
+
+    def residual_of(self, half, e):
+        """One element of what ldmatrix brought, as an array of one."""
+        if not self.epilogue.residual:
+            return None
+        bits = T.Cast("uint16", T.bitwise_and(T.shift_right(self.extra[half], T.uint32(16 * e)), T.uint32(0xFFFF)))
+        return _One(T.reinterpret(self.geometry.problem.dtype, bits))
+
+    @T.inline
+    def move(self, tile, thread, buffer, group, count, i, load):
+        """The i-th 16 bytes of this thread between staging and y (load: from the residual)."""
+        column = T.meta_var(i * (WARPGROUP // VECTORS) + thread // VECTORS)
+        n, pixel, inside = T.meta_var(self.place(tile, group * 8 + column))
+        m: T.let = tile.m + thread % VECTORS * VECTOR
+        # In vectors, so that the compiler sees the alignment.
+        at: T.let = self.index(n, pixel, tile.group * self.per_group + m) // VECTOR
+        if T.And(T.And(inside, m < self.per_group),
+                 T.And(column < count * 8, group * 8 + column < self.geometry.config.pixels)):
+            slot = T.meta_var(self.slot(buffer, column, thread % VECTORS))
+            if load:
+                for e in T.vectorized(VECTOR):
+                    self.vector[e] = self.residual[at * VECTOR + e]
+                for e in T.vectorized(VECTOR):
+                    self.staging[slot + e] = self.vector[e]
+            else:
+                for e in T.vectorized(VECTOR):
+                    self.y[at * VECTOR + e] = self.staging[slot + e]
+
+
+class _One:
+    """A value as an array of one element, for `finish`."""
+
+    def __init__(self, value):
+        self._value = value
+
+    def __getitem__(self, _index):
+        return self._value
