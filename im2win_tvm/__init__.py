@@ -15,6 +15,7 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
+    "AccuracyError": "accuracy",
     "ArgumentError": "arrays",
     "ArtifactError": "artifact",
     "ConvProblem": "problem",

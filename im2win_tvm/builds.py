@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import artifact, compiler
+from .accuracy import AccuracyError
 from .epilogue import NONE, Epilogue
 from .kernel import Kernel
 from .problem import ConvProblem
@@ -27,13 +28,14 @@ __all__ = ["Builder", "Request", "build_all", "default_jobs"]
 
 @dataclass(frozen=True)
 class Request:
-    """One kernel to build; schedule and config as in `im2win_tvm.compile`."""
+    """One kernel to build; schedule, config and accuracy as in `im2win_tvm.compile`."""
 
     problem: ConvProblem
     target: Target
     schedule: str | Schedule | None = None
     config: Any = None
     epilogue: Epilogue = NONE
+    accuracy: str | None = None
 
 
 def default_jobs(target: Target) -> int:
@@ -163,6 +165,7 @@ def _build(request: Request) -> Kernel:
     return compiler.compile(
         request.problem,
         request.target,
+        accuracy=request.accuracy,
         schedule=request.schedule,
         config=request.config,
         bias=epilogue.bias,
@@ -179,7 +182,7 @@ def _build_to(request: Request, path: Path) -> Exception | None:
     """In the other process: write the kernel, or return why there is none."""
     try:
         _build(request).export(path)
-    except (ScheduleError, ToolchainError) as error:
+    except (AccuracyError, ScheduleError, ToolchainError) as error:
         return error
     except Exception as error:
         # TVM's exceptions do not all survive the way between processes.

@@ -24,6 +24,7 @@ def compile(
     target: str | Target | None = None,
     *,
     arch: str | None = None,
+    accuracy: str | None = None,
     schedule: str | Schedule | None = None,
     config: Any = None,
     bias: bool = False,
@@ -33,14 +34,17 @@ def compile(
     """Build a kernel for one problem.
 
     target, arch: see `im2win_tvm.target.resolve`; CUDA kernels are built without a GPU when
-    `arch` is given. schedule, config: by name (or a Schedule) and as a Config or dict; if None
+    `arch` is given. accuracy: the class that outputs have at least (see `im2win_tvm.accuracy`).
+    None is the dtype's own; "tf32", for float32 only, lets tensor cores round the operands of its
+    products to 10 bits. schedule, config: by name (or a Schedule) and as a Config or dict; if None
     `select` takes those of the fastest tuning record, or the heuristic's.
     bias, residual, activation: what the kernel adds and applies before it stores (see Epilogue).
 
-    Raises TargetError, ScheduleError or ToolchainError, each saying what is allowed or missing.
+    Raises AccuracyError, TargetError, ScheduleError or ToolchainError, each saying what is allowed
+    or missing.
     """
     target = resolve(target, arch=arch)
-    choice = select(problem, target, schedule, config)
+    choice = select(problem, target, schedule, config, accuracy)
     return build(problem, target, choice, Epilogue(bias, residual, activation))
 
 
@@ -83,7 +87,7 @@ def describe(
         "problem": dataclasses.asdict(problem),
         "descriptor": str(problem),
         "epilogue": dataclasses.asdict(epilogue),
-        "accuracy": {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[problem.dtype],
+        "accuracy": schedule.accuracy(problem),
         "schedule": {
             "name": schedule.name,
             "config": dataclasses.asdict(choice.config),

@@ -1,8 +1,9 @@
 """Which schedule and configuration a problem gets, and why the others do not."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from .accuracy import accepted
 from .environment import device_name
 from .problem import ConvProblem
 from .schedules import SCHEDULES, Schedule, ScheduleError
@@ -69,50 +70,117 @@ def select(
     target: Target,
     schedule: str | Schedule | None = None,
     config: Any = None,
+    accuracy: str | None = None,
 ) -> Choice:
     """A schedule that takes the problem, and its configuration.
 
     schedule: the name of one in SCHEDULES, or any Schedule; None is that with the fastest tuning
     record, or the first that takes the problem. config: the schedule's own Config, or a dict of
     its fields, of which missing ones take the heuristic's value; None is the tuning record's, or
-    the heuristic's where there is no record. Raises ScheduleError with the reasons if nothing
-    fits.
+    the heuristic's where there is no record. accuracy: as in `im2win_tvm.compile`; for tf32 the
+    schedules that compute in it come first. Those of fp32 have a turn where none of them takes the
+    problem, and where both have tuning records the fastest decides.
+    Raises AccuracyError, and ScheduleError with the reasons if nothing fits.
     """
+    offer = _offer(problem, target, schedule, accuracy)
+    supported = offer.supported
+    first = next(iter(supported))
+    if config is not None:
+        config = _configuration(supported[first], problem, target, config)
+        return Choice(supported[first], config, offer.rejected(first))
+    found = _found(problem, target, supported)
+    if found.best is None:
+        config = supported[first].default(problem, target)
+        return Choice(supported[first], config, offer.rejected(first), HEURISTIC, found.missed)
+    name = found.best.record.schedule
+    return Choice(
+        supported[name],
+        found.best.config,
+        offer.rejected(name) | _slower(found, supported),
+        Origin.of(found.best, target),
+        found.missed,
+    )
+
+
+def supporting(
+    problem: ConvProblem,
+    target: Target,
+    schedule: str | Schedule | None = None,
+    accuracy: str | None = None,
+) -> dict[str, Schedule]:
+    """The schedules that `select` chooses among, in the order of its preference; at least one.
+
+    Raises as `select` does.
+    """
+    return _offer(problem, target, schedule, accuracy).supported
+
+
+class _Offer(NamedTuple):
+    """The schedules that take a problem in a class, and the reasons of the others by name.
+
+    refused: by `supports`, with None for those that take the problem, in the order in which they
+    are asked. inexact: those of them that compute in a class that was not asked for.
+    """
+
+    supported: dict[str, Schedule]
+    refused: dict[str, str | None]
+    inexact: dict[str, str]
+
+    def rejected(self, chosen: str) -> dict[str, str]:
+        """Why those that are asked before the chosen one do not take the problem.
+
+        A class may keep the fastest one out: that is told of those after it, too.
+        """
+        names = list(self.refused)
+        asked = names[: names.index(chosen)]
+        before = {name: reason for name in asked if (reason := self.refused[name]) is not None}
+        return before | self.inexact
+
+
+def _offer(
+    problem: ConvProblem, target: Target, schedule: str | Schedule | None, accuracy: str | None
+) -> _Offer:
+    classes = accepted(problem.dtype, accuracy)
     if isinstance(schedule, str) and schedule not in SCHEDULES:
         raise ScheduleError(f"schedule={schedule!r}: allowed are {', '.join(SCHEDULES)}")
     candidates = SCHEDULES
     if schedule is not None:
         named = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
         candidates = {named.name: named}
-    reasons = {name: entry.supports(problem, target) for name, entry in candidates.items()}
-    supported = {name: candidates[name] for name, reason in reasons.items() if reason is None}
-    if not supported:
-        listed = "; ".join(filter(None, reasons.values()))
+    refused = {name: entry.supports(problem, target) for name, entry in candidates.items()}
+    offered = {
+        name: candidates[name].accuracy(problem)
+        for name, reason in refused.items()
+        if reason is None
+    }
+    inexact = {
+        name: f"accuracy={accuracy!r}: {name} computes {problem.dtype} in {theirs}; "
+        f"pass accuracy={theirs!r}"
+        for name, theirs in offered.items()
+        if theirs not in classes
+    }
+    # Sorting is stable: within a class the order of SCHEDULES stays.
+    names = [name for name in offered if name not in inexact]
+    names.sort(key=lambda name: classes.index(offered[name]))
+    if not names:
+        listed = "; ".join(filter(None, (refused | inexact).values()))
         raise ScheduleError(f"{problem}: no schedule for {target}: {listed}")
-    first = next(iter(supported))
-    if config is not None:
-        config = _configuration(supported[first], problem, target, config)
-        return Choice(supported[first], config, _before(reasons, first))
-    found = find(problem, target, supported)
-    if found.best is None:
-        config = supported[first].default(problem, target)
-        rejected = _before(reasons, first)
-        return Choice(supported[first], config, rejected, HEURISTIC, found.missed)
-    name = found.best.record.schedule
-    return Choice(
-        supported[name],
-        found.best.config,
-        _before(reasons, name) | _slower(found, supported),
-        Origin.of(found.best, target),
-        found.missed,
-    )
+    return _Offer({name: candidates[name] for name in names}, refused, inexact)
 
 
-def _before(reasons: dict[str, str | None], chosen: str) -> dict[str, str]:
-    """Why the schedules that are asked before the chosen one do not take the problem."""
-    names = list(reasons)
-    asked = names[: names.index(chosen)]
-    return {name: reason for name in asked if (reason := reasons[name]) is not None}
+def _found(problem: ConvProblem, target: Target, supported: dict[str, Schedule]) -> Found:
+    """The tuning records that count: those of the preferred class, which is that of the first.
+
+    Records of another one alone would keep that class out for as long as nobody tuned for it. Where
+    both were measured, in one place, they compare.
+    """
+    wanted = next(iter(supported.values())).accuracy(problem)
+    preferred = {n: s for n, s in supported.items() if s.accuracy(problem) == wanted}
+    found = find(problem, target, preferred)
+    if found.best is None or preferred == supported:
+        return found
+    together = find(problem, target, supported)
+    return together if preferred.keys() & together.matches else found
 
 
 def _slower(found: Found, supported: dict[str, Schedule]) -> dict[str, str]:

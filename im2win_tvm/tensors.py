@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from im2win_tvm.accuracy import TF32, accepted
 from im2win_tvm.problem import ConvProblem
 
 __all__ = [
@@ -31,6 +32,8 @@ _EPS32 = float(np.finfo(np.float32).eps)
 # Types of two bytes: what they round outputs by, and to.
 _EPS = {dtype: float(ml_dtypes.finfo(dtype).eps) for dtype in ("float16", "bfloat16")}
 _TINY = {dtype: float(ml_dtypes.finfo(dtype).smallest_subnormal) for dtype in _EPS}
+# What cutting a float32 to TF32's 10 bits of the fraction takes away of it, at most.
+_CUT = 2.0**-10
 # From here on float16 rounds to infinity; bfloat16 has float32's range.
 _OVERFLOW16 = 65520.0
 # Largest integer up to which all are exact: in float32 sums, and in an output of two bytes.
@@ -133,7 +136,11 @@ def from_torch(tensor: Any) -> np.ndarray:
 
 
 def check(
-    actual: np.ndarray, expected64: np.ndarray, problem: ConvProblem, kind: str
+    actual: np.ndarray,
+    expected64: np.ndarray,
+    problem: ConvProblem,
+    kind: str,
+    accuracy: str | None = None,
 ) -> CheckResult:
     """Whether a kernel's output is right, given the float64 reference.
 
@@ -141,9 +148,11 @@ def check(
     "integer" asks for equality. "normal" allows what summing K products of :func:`fill`'s tensors
     in float32 in any order rounds off, by element and over all (relative Frobenius norm), and for
     float16 and bfloat16 the rounding of the output too; TF32 or half-precision sums do not pass
-    as float32. An output that is mostly zero where the reference is not fails. The message of a
-    failure names the worst index, both values and how many are wrong. Raises ValueError for an
-    unknown ``kind`` and for a reference of another shape.
+    as float32. ``accuracy`` is the kernel's class (None: the dtype's own); "tf32" allows what
+    operands of 10 bits leave, and those of bfloat16 do not pass. An output that is mostly zero
+    where the reference is not fails. The message of a failure names the worst index, both values
+    and how many are wrong. Raises ValueError for an
+    unknown ``kind``, a class that the dtype does not have, and a reference of another shape.
     """
     _require_kind(kind)
     if np.shape(expected64) != problem.output_shape:
@@ -157,7 +166,7 @@ def check(
             f"output is {actual.dtype} of shape {np.shape(actual)}, "
             f"not {problem.dtype} of shape {problem.output_shape}",
         )
-    floor, share, norm_limit = _limits(expected64, problem, kind)
+    floor, share, norm_limit = _limits(expected64, problem, kind, accuracy)
     wrong, worst, worst_at, max_error = 0, -np.inf, 0, 0.0
     nonzero_actual = nonzero_expected = 0
     error_squares = expected_squares = 0.0
@@ -260,11 +269,13 @@ def _chunks(
         yield start, flat_actual[piece].astype(np.float64), flat_expected[piece]
 
 
-def rounding_limits(problem: ConvProblem, scale: float) -> Limits:
+def rounding_limits(problem: ConvProblem, scale: float, accuracy: str | None = None) -> Limits:
     """What rounding may do to outputs of :func:`fill`'s "normal" tensors.
 
-    ``scale`` is the root mean square of the exact outputs.
+    ``scale`` is the root mean square of the exact outputs, ``accuracy`` the kernel's class (None:
+    the dtype's own). Raises AccuracyError for a class that the dtype does not have.
     """
+    rounded = accepted(problem.dtype, accuracy)[0] == TF32
     # Rounding errors of a float32 sum walk at random. Added one product after the other their
     # deviation is some 0.15 eps sqrt(K) of the outputs' scale and the worst of 20000 sums is off
     # by a third of this limit; the errors of TF32 products are far outside.
@@ -274,10 +285,22 @@ def rounding_limits(problem: ConvProblem, scale: float) -> Limits:
         # One rounding of the output, and tensor cores cut partial sums off instead of rounding.
         eps, tiny = _EPS[problem.dtype], _TINY[problem.dtype]
         return Limits(2 * walk * scale + tiny, eps, 2 * norm + eps / 2)
+    if rounded:
+        # An operand loses up to _CUT of its value where bits are cut off, 0.36 of that in the mean;
+        # rounded to nearest, up to half of _CUT and of either sign. A product loses what both do.
+        # To the nearest, the errors of K products walk at random: relative norm 0.30 _CUT whatever
+        # K is, and 2.93e-4 is what cuDNN's TF32 has. Cut off, every output loses 0.72 _CUT and
+        # 0.32 _CUT of the scale walks: norm 0.79 _CUT. The limits of norm and share are the most
+        # that one product loses; bfloat16 operands have a norm of 2.4 _CUT. Beyond its share the
+        # worst of 200000 outputs is off by 2.4 _CUT of the scale with two products, by less with
+        # more of them.
+        return Limits((6 * _CUT + 2 * walk) * scale, 2 * _CUT, 2 * _CUT + 2 * norm)
     return Limits(walk * scale, 4 * _EPS32, norm)
 
 
-def _limits(expected64: np.ndarray, problem: ConvProblem, kind: str) -> Limits:
+def _limits(
+    expected64: np.ndarray, problem: ConvProblem, kind: str, accuracy: str | None
+) -> Limits:
     if kind == "integer":
         return Limits(0.0, 0.0, 0.0)
     squares, count = 0.0, 0
@@ -285,4 +308,4 @@ def _limits(expected64: np.ndarray, problem: ConvProblem, kind: str) -> Limits:
         finite = e[np.isfinite(e)]
         squares += float(np.dot(finite, finite))
         count += finite.size
-    return rounding_limits(problem, sqrt(squares / count) if count else 0.0)
+    return rounding_limits(problem, sqrt(squares / count) if count else 0.0, accuracy)

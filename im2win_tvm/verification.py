@@ -24,10 +24,13 @@ _CHUNK_BYTES = 256 << 20
 Run = Callable[[tensors.Tensors], np.ndarray]
 
 
-def verify(problem: ConvProblem, run: Run, kind: str, seed: int = 0) -> CheckResult:
+def verify(
+    problem: ConvProblem, run: Run, kind: str, seed: int = 0, accuracy: str | None = None
+) -> CheckResult:
     """Whether `run` computes the convolution of tensors filled as `kind` says.
 
-    `run` takes the tensors and returns an output that it wrote into an array of NaN. Images are
+    `run` takes the tensors and returns an output that it wrote into an array of NaN. `accuracy` is
+    the class that the kernel says it has, None for the dtype's own. Images are
     compared a few at a time, so that the float64 outputs of a large batch are never all there; the
     result is that of the first that are wrong, or the largest error of all.
     """
@@ -43,7 +46,7 @@ def verify(problem: ConvProblem, run: Run, kind: str, seed: int = 0) -> CheckRes
         images = slice(start, min(start + step, problem.batch))
         part = problem.replace(batch=images.stop - images.start)
         expected = reference.conv2d(made.x[images], made.w, part)
-        result = tensors.check(output[images], expected, part, kind)
+        result = tensors.check(output[images], expected, part, kind, accuracy)
         if not result.ok:
             where = f"images {start} to {images.stop - 1}: " if step < problem.batch else ""
             return result._replace(message=where + result.message)

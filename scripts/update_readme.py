@@ -11,7 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from im2win_tvm.accuracy import OWN  # noqa: E402
 from im2win_tvm.bench import report  # noqa: E402
+from im2win_tvm.bench.rivals import wanted  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -24,8 +26,9 @@ def section(path: Path) -> str:
     # Where the file was when it was written does not matter.
     command = re.sub(r"(?<=--json )\S+", link, record["command"])
     state = next(iter(next(e for e in layer["implementations"] if e.get("times"))["times"]))
+    kind = "" if wanted(layer) == OWN[layer["dtype"]] else f" in {wanted(layer)}"
     caption = (
-        f"{report.device_line(record)}. {layer['dtype']} {layer['layout']}, batch "
+        f"{report.device_line(record)}. {layer['dtype']}{kind} {layer['layout']}, batch "
         f"{layer['batch']}, median of {state}-cache calls, measured by `{command}` "
         f"on {record['date'][:10]} ([record]({link}))."
     )

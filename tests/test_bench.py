@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from im2win_tvm import ConvProblem
+from im2win_tvm import AccuracyError, ConvProblem
+from im2win_tvm.accuracy import OWN, TF32
 from im2win_tvm.bench import baselines, chart, report, timing, units
 from im2win_tvm.bench import operands as operands_module
 from im2win_tvm.bench.baselines import torch_conv
@@ -14,7 +15,7 @@ from im2win_tvm.bench.baselines.base import Prepared
 from im2win_tvm.bench.baselines.im2win import Im2win
 from im2win_tvm.bench.baselines.tvm_default import TvmDefault
 from im2win_tvm.bench.operands import HostOperands, TorchOperands
-from im2win_tvm.bench.run import FORMAT, BenchError, failures, run
+from im2win_tvm.bench.run import FORMAT, BenchError, failures, limits_for, run
 from im2win_tvm.target import CudaTarget, resolve
 from im2win_tvm.tensors import Limits
 
@@ -31,7 +32,10 @@ class Wrong:
     def __init__(self, factor, limit=None, accuracy=None):
         self.factor = factor
         self.relative_limit = limit
-        self.accuracy = accuracy
+        self.tf32 = accuracy == "tf32"
+
+    def accuracy(self, problem):
+        return TF32 if self.tf32 else OWN[problem.dtype]
 
     def available(self, problem, target):
         return None
@@ -323,6 +327,45 @@ def test_accuracy_is_that_of_the_dtype_and_float16_has_no_tf32():
     half, single = run(problems, resolve("llvm"), entries, BRIEF)["layers"]
     assert [(e["name"], e["accuracy"]) for e in half["implementations"]] == [("wrong", "fp16")]
     assert [e["accuracy"] for e in single["implementations"]] == ["fp32", "tf32"]
+    assert [layer["accuracy"] for layer in (half, single)] == ["fp16", "fp32"]
+
+
+def test_a_run_of_tf32_leaves_out_what_it_replaces():
+    """A family that computes in tf32 does so alone; one that does not takes part in fp32."""
+    entries = [Wrong(1.0), Wrong(1.001, accuracy="tf32"), Wrong(1.0)]
+    for entry, name, family in zip(entries, "abc", ("torch", "torch", "tvm"), strict=True):
+        entry.name, entry.family = name, family
+    record = run({"small": SMALL}, resolve("llvm"), entries, BRIEF, accuracy="tf32")
+    (layer,) = record["layers"]
+    assert layer["accuracy"] == "tf32"
+    measured = [(e["name"], e["accuracy"], e["status"]) for e in layer["implementations"]]
+    assert measured == [("b", "tf32", "ok"), ("c", "fp32", "ok")]
+    assert report.best(layer, "torch")["name"] == "b"
+    assert report.best(layer, "tvm")["name"] == "c"
+    text = report.text(record)
+    assert "float32 NCHW batch 1, tf32;" in text
+    assert "tf32: float32 with TF32 allowed, ours and theirs" in text
+    # Where it is not available, the other one is better than nothing.
+    entries[1].available = lambda problem, target: "not here"
+    (layer,) = run({"small": SMALL}, resolve("llvm"), entries, BRIEF, accuracy="tf32")["layers"]
+    assert [e["name"] for e in layer["implementations"]] == ["a", "b", "c"]
+    assert report.best(layer, "torch")["name"] == "a"
+
+
+def test_a_class_that_a_dtype_does_not_have_is_refused_before_anything_runs():
+    problems = {"single": SMALL, "half": SMALL.replace(dtype="float16")}
+    steps = []
+    with pytest.raises(AccuracyError, match="accuracy='tf32': allowed for float16: fp16"):
+        run(problems, resolve("llvm"), [Wrong(1.0)], BRIEF, steps.append, "tf32")
+    assert steps == []
+
+
+def test_a_time_limit_bounds_a_measurement():
+    for target, least, most in ((CudaTarget("sm_90"), 10, 50), (resolve("llvm"), 3, 100)):
+        assert limits_for(target) == timing.Limits(0.2, 0.4, least, most)
+        assert limits_for(target, 60) == timing.Limits(0.2, 0.4, min(least, 5), most)
+        short = limits_for(target, 0.15)
+        assert (short.warmup, short.seconds) == (pytest.approx(0.05), pytest.approx(0.1))
 
 
 def test_every_call_of_pytorch_says_whether_tf32_is_allowed(monkeypatch):
@@ -402,6 +445,21 @@ def test_operands_on_a_torch_device(layout, dtype, monkeypatch):
     assert "relative error of all outputs" in operands.check(right * 1.01).message
 
 
+def test_the_reference_is_not_searched_an_engine_for(monkeypatch):
+    torch = pytest.importorskip("torch")
+    cudnn, seen = torch.backends.cudnn, []
+    conv2d = torch.nn.functional.conv2d
+
+    def noting(*arguments, **named):
+        seen.append(cudnn.benchmark)
+        return conv2d(*arguments, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", noting)
+    monkeypatch.setattr(cudnn, "benchmark", True)  # as a competitor leaves it
+    TorchOperands(SMALL, device="cpu")
+    assert (seen, cudnn.benchmark) == ([False], True)
+
+
 def test_references_that_disagree_are_reported(monkeypatch):
     pytest.importorskip("torch")
     conv2d = operands_module.reference.conv2d
@@ -432,15 +490,15 @@ def test_implementations():
     llvm = resolve("llvm")
     names = [entry.name for entry in baselines.implementations(llvm)]
     assert names == ["cpu_blocked", "tvm", "torch nchw", "torch nhwc"]
-    on_gpu = baselines.implementations(CudaTarget("sm_90"), ["torch"], "cuda_simt")
-    assert [(entry.name, entry.accuracy) for entry in on_gpu[1:]] == [
-        ("torch nchw", None),
-        ("torch nhwc", None),
+    on_gpu = baselines.implementations(CudaTarget("sm_90"), ["torch"], ["cuda_simt"])
+    assert [(entry.name, entry.accuracy(SMALL)) for entry in on_gpu[1:]] == [
+        ("torch nchw", "fp32"),
+        ("torch nhwc", "fp32"),
         ("torch nchw tf32", "tf32"),
         ("torch nhwc tf32", "tf32"),
     ]
-    only = baselines.implementations(CudaTarget("sm_90"), [], "cuda_simt")
-    assert [entry.name for entry in only] == ["cuda_simt"]
+    only = baselines.implementations(CudaTarget("sm_90"), [], ["cuda_mma", "cuda_simt"])
+    assert sorted(entry.name for entry in only) == ["cuda_mma", "cuda_simt"]
 
 
 def test_cuda_without_a_device():

@@ -140,7 +140,7 @@ def record():
             "order": "turns",
             "limits": {"warmup": 0.2},
         },
-        "ceilings": ceilings.describe(times, times)
+        "ceilings": ceilings.describe({"fp32": times, "copy": times})
         | {"sgemm": {"what": "product", "tflops": 50.0}, "copy": {"what": "copy", "gb_s": 3000.0}},
         "layers": [
             _layer(
@@ -316,19 +316,106 @@ def test_markdown_has_every_rival_and_leaves_out_the_times_of_many(record):
     assert " | ".join(f"**{mean}**" for mean in means) in lines[-1]
 
 
-def test_only_float32_has_a_share_of_sgemm(record):
+def test_a_share_is_of_the_product_in_the_layers_class(record):
+    for entry in record["layers"][0]["implementations"]:
+        del entry["accuracy"]
     record["layers"][0]["dtype"] = "float16"
     head, first, second = report.table(record)
-    column = head.index("% of SGEMM")
+    column = head.index("% of fp16 GEMM")
     assert (first[column], second[column]) == ("-", "40")
+    record["ceilings"]["gemm_fp16"] = {"what": "product of float16", "tflops": 200.0}
+    assert report.table(record)[1][column] == "10"
+    assert "ceiling, product of float16: 200.0 TFLOPS" in report.text(record).splitlines()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_record_in_two_bytes(record, dtype):
+    """All that is cuDNN is a rival in the class of the dtype, in every summary."""
+    kind = {"float16": "fp16", "bfloat16": "bf16"}[dtype]
+    for layer in record["layers"]:
+        layer |= {"dtype": dtype, "accuracy": kind}
+        layer["implementations"] = [
+            e | {"accuracy": kind} for e in layer["implementations"] if e["accuracy"] == "fp32"
+        ]
+    text = report.text(record)
+    assert "vs cudnn best: geomean 1.10x (0.80x to 1.50x), faster on 1 of 2" in text
+    assert "vs torch: geomean 1.16x" in text
+    assert "tf32" not in text
+
+
+def test_tf32_is_a_rival_where_it_is_asked_for(record):
+    first = record["layers"][0]
+    for layer in record["layers"]:
+        layer["accuracy"] = "tf32"
+        layer["implementations"].append(_entry("window", "im2win", 20.0, accuracy="tf32"))
+    first["implementations"] = [
+        e for e in first["implementations"] if e["accuracy"] == "tf32" or e["family"] == "cublas"
+    ]
+    assert rivals.rivals(record)[0].best(first)["name"] == "torch nchw tf32"
+    head, row, _ = report.table(record)
+    assert "cudnn tf32 us" not in head
+    assert (row[head.index("cudnn us")], row[head.index("cudnn algorithm")]) == (
+        "10.00",
+        "FFT tf32",
+    )
+    assert row[head.index("best im2win")] == "window"
+    assert row[head.index("vs cudnn best")] == "0.25x"
+    # What has no tf32 is there in fp32, which is better.
+    assert row[head.index("vs cublas")] == "20.00x"
+    lines = report.text(record).splitlines()
+    assert lines[1].startswith("cuda, float32 NCHW batch 1, tf32;")
+    assert (
+        "tf32: float32 with TF32 allowed, ours and theirs; who has no TF32 takes part in fp32"
+        in lines
+    )
+    # No ceiling of its own was measured: the float32 product is none.
+    assert row[head.index("% of tf32 GEMM")] == "-"
 
 
 def test_ceilings():
-    found = ceilings.describe(timing.Times(20_000.0, 1.0, 9), timing.Times(700.0, 1.0, 9))
+    single, half = timing.Times(20_000.0, 1.0, 9), timing.Times(2_000.0, 1.0, 9)
+    copied = timing.Times(700.0, 1.0, 9)
+    found = ceilings.describe({"fp16": half, "fp32": single, "copy": copied})
+    assert list(found) == ["sgemm", "gemm_fp16", "copy"]
+    assert ceilings.product(found, "fp16")["tflops"] == pytest.approx(2 * 8192**3 / 2e-3 / 1e12)
+    assert found["gemm_fp16"]["what"] == "torch.mm, float16, 8192^3, float32 sums"
+    assert ceilings.product(found, "tf32") is None
+    assert ceilings.product(None, "fp32") is None
+    tf32 = ceilings.describe({"tf32": half, "copy": copied})
+    assert tf32["gemm_tf32"]["what"] == "torch.mm, float32, 8192^3, TF32 allowed"
     assert found["sgemm"]["tflops"] == pytest.approx(2 * 8192**3 / 20e-3 / 1e12)
     assert found["copy"]["gb_s"] == pytest.approx(2 * 2**30 / 700e-6 / 1e9)
     assert found["copy"]["times"]["n"] == 9
     assert found["sgemm"]["what"] == "torch.mm, float32, 8192^3, TF32 off"
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "dtype"), [("fp32", "float32"), ("tf32", "float32"), ("bf16", "bfloat16")]
+)
+def test_a_product_of_a_class(accuracy, dtype):
+    """Its dtype, TF32 in tf32 alone whoever had a turn before, and sums that stay in float32."""
+    torch = pytest.importorskip("torch")
+    matmul = torch.backends.cuda.matmul
+    ceilings.float32_sums()
+    call = ceilings._product_call(accuracy, 8, "cpu")
+    for before in (True, False):
+        matmul.allow_tf32 = before
+        assert call().dtype == getattr(torch, dtype)
+        assert matmul.allow_tf32 == (accuracy == "tf32")
+    ceilings.float32_sums()
+    assert not matmul.allow_tf32
+    assert not matmul.allow_fp16_reduced_precision_reduction
+    assert not matmul.allow_bf16_reduced_precision_reduction
+
+
+def test_a_roofline_is_that_of_the_class(record, tmp_path):
+    for layer in record["layers"]:
+        layer["accuracy"] = "tf32"
+    with pytest.raises(roofline.RooflineError, match="no measured product of tf32"):
+        roofline.draw(record, tmp_path / "roofline.png")
+    record["ceilings"]["gemm_tf32"] = {"what": "product", "tflops": 400.0}
+    assert roofline.attainable(1000.0, record["ceilings"], "tf32") == pytest.approx(400.0)
+    roofline.draw(record, tmp_path / "roofline.png")
 
 
 def test_roofline(record, tmp_path):

@@ -96,8 +96,11 @@ def test_every_algorithm_in_every_format_has_a_name():
     assert len(set(names)) == len(names) == 32
     assert names[:2] == ["cudnn:IMPLICIT_GEMM", "cudnn:IMPLICIT_GEMM nhwc"]
     assert {"cudnn:FFT_TILING", "cudnn:FFT_TILING tf32", "cudnn:FFT_TILING nhwc tf32"} < set(names)
-    assert all((entry.accuracy == "tf32") == entry.name.endswith(" tf32") for entry in CUDNN)
-    assert {entry.accuracy for entry in CUDNN} == {None, "tf32"}
+    rounded = {entry.name for entry in CUDNN if entry.accuracy(PROBLEM) == "tf32"}
+    assert rounded == {name for name in names if name.endswith(" tf32")}
+    assert {entry.accuracy(PROBLEM) for entry in CUDNN} == {"fp32", "tf32"}
+    half = PROBLEM.replace(dtype="float16")
+    assert {entry.accuracy(half) for entry in CUDNN} == {"fp16", "tf32"}
     assert {entry.family for entry in CUDNN} == {"cudnn"}
 
 
@@ -113,6 +116,7 @@ def test_version(number, version):
         ("float32", False, 0, 3, "FMA"),
         ("float32", True, 0, 0, "DEFAULT"),
         ("float16", False, 2, 1, "TENSOR_OP"),
+        ("bfloat16", False, 9, 1, "TENSOR_OP"),
     ],
 )
 @pytest.mark.parametrize(("layout", "order"), [("NCHW", 0), ("NHWC", 1)])

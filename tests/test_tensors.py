@@ -119,6 +119,13 @@ def test_check_tells_float32_sums_from_lesser_ones(k):
         for array in (made.x, made.w)
     ]
     assert not check(matrix_product(p, *rounded), expected, p, "normal").ok
+    # As that they pass, rounded or cut off; operands of bfloat16 do not, and float32's do.
+    cut = [(array.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32) for array in made[:2]]
+    for operands in (rounded, cut, (made.x, made.w)):
+        result = check(matrix_product(p, *operands), expected, p, "normal", "tf32")
+        assert result.ok, result.message
+    coarse = [array.astype("bfloat16").astype(np.float32) for array in (made.x, made.w)]
+    assert not check(matrix_product(p, *coarse), expected, p, "normal", "tf32").ok
     half = p.replace(dtype="float16")
     made, expected = solved(half, "normal")
     result = check(matrix_product(p, made.x, made.w).astype("float16"), expected, half, "normal")
@@ -210,6 +217,8 @@ def test_wrong_arguments():
     _, expected = solved(PROBLEM, "normal")
     with pytest.raises(ValueError, match="kind='ones': allowed: normal or integer"):
         fill(PROBLEM, "ones")
+    with pytest.raises(ValueError, match="accuracy='tf32': allowed for float16: fp16"):
+        tensors.rounding_limits(PROBLEM.replace(dtype="float16"), 1.0, "tf32")
     with pytest.raises(ValueError, match="kind='ones'"):
         check(expected, expected, PROBLEM, "ones")
     with pytest.raises(ValueError, match=r"expected64 of shape \(8, 9, 11\)"):

@@ -1,8 +1,4 @@
-"""Accuracy classes of what is measured: what may be compared with what.
-
-`tf32` is a class of its own: float32 tensors whose products tensor cores compute from inputs of
-10 mantissa bits. Such a row is shown, and is no competitor of a float32 kernel.
-"""
+"""Where TF32 is, for what is measured: float32 tensors whose products tensor cores compute."""
 
 from __future__ import annotations
 
@@ -10,16 +6,7 @@ import os
 
 from ..target import Target
 
-__all__ = ["ACCURACY", "TF32", "TF32_DTYPE", "TF32_LIMIT", "no_tf32"]
-
-#: The class that a dtype has unless something else is said.
-ACCURACY = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-TF32 = "tf32"
-#: The dtype that can be computed in TF32.
-TF32_DTYPE = "float32"
-#: Relative error of outputs in the class. Cutting an operand to 10 bits takes at most 2^-10 of it
-#: away, and a product has two operands.
-TF32_LIMIT = 2 * 2.0**-10
+__all__ = ["no_tf32"]
 
 
 def no_tf32(target: Target) -> str | None:

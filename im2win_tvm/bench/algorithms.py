@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .accuracy import TF32
+from ..accuracy import TF32
 from .cells import aligned, time_cell, workspace_cell
 from .rivals import accuracy
 

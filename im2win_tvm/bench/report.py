@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..accuracy import OWN, TF32
 from . import algorithms, units
-from .accuracy import TF32
+from .ceilings import product
 from .cells import aligned, time_cell, workspace_cell
-from .rivals import NO_WORKSPACE, Rival, accuracy, fastest, median_us, rivals
+from .rivals import NO_WORKSPACE, Rival, accuracy, fastest, median_us, rivals, wanted
 
 __all__ = ["aligned", "best", "families", "markdown", "speedup", "table", "text"]
 
@@ -38,9 +39,9 @@ def table(record: dict[str, Any]) -> list[list[str]]:
     """Heading and one row a layer.
 
     Times are medians in microseconds, with a cold cache where both states were measured; GB/s
-    counts input, weights and output once; ratios are the competitor's time over ours, in the same
-    accuracy class. cuDNN's algorithms and engines are one column each, the fastest of them, and
-    another for the fastest with TF32; `text` lists all of them.
+    counts input, weights and output once; ratios are the competitor's time over ours, in the
+    accuracy class that was asked for. cuDNN's algorithms and engines are one column each, the
+    fastest of them, and in float32 another for the fastest with TF32; `text` lists all of them.
     """
     names = list(
         dict.fromkeys(
@@ -56,7 +57,10 @@ def table(record: dict[str, Any]) -> list[list[str]]:
     in_tf32 = [
         family
         for family in grouped
-        if any(fastest(layer, (family,), of_class=TF32) for layer in record["layers"])
+        if any(
+            wanted(layer) != TF32 and fastest(layer, (family,), of_class=TF32)
+            for layer in record["layers"]
+        )
     ]
     ceilings = record.get("ceilings")
     hot = _states(record) == ("cold", "hot")
@@ -65,7 +69,7 @@ def table(record: dict[str, Any]) -> list[list[str]]:
     for family in grouped:
         head += [f"{family} us", *(["cudnn algorithm"] if family == "cudnn" else [])]
         head += [f"{family} tf32 us"] if family in in_tf32 else []
-    head += ["best im2win", unit, "GB/s", *(["% of SGEMM"] if ceilings else [])]
+    head += ["best im2win", unit, "GB/s", *([_share_head(record)] if ceilings else [])]
     head += [f"vs {rival.key}" for rival in against]
     head += [f"{family} hot us" for family in present if hot]
     head += [f"{family} workspace" for family in present]
@@ -151,16 +155,22 @@ def device_line(record: dict[str, Any]) -> str:
     return f"{device}; {stack}"
 
 
+def kind(layer: dict[str, Any]) -> str:
+    """What a layer was measured in, its class where that is not its dtype's own."""
+    classes = "" if wanted(layer) == OWN[layer["dtype"]] else f", {wanted(layer)}"
+    return f"{layer['dtype']} {layer['layout']} batch {layer['batch']}{classes}"
+
+
 def _heading(record: dict[str, Any]) -> list[str]:
     protocol, layers = record["protocol"], record["layers"]
     limits = protocol["limits"]
-    kinds = sorted({f"{e['dtype']} {e['layout']} batch {e['batch']}" for e in layers})
+    kinds = sorted({kind(layer) for layer in layers})
     return [
         device_line(record),
         f"{record['target']['kind']}, {'; '.join(kinds)}; "
         f"{record['date']}, commit {(record['environment']['git_commit'] or 'unknown')[:12]}",
         f"{protocol['clock']}; {protocol['cache']}; "
-        f"warm-up {limits['warmup'] * 1e3:g} ms each, {protocol['order']}, medians",
+        f"warm-up {limits['warmup'] * 1e3:.3g} ms each, {protocol['order']}, medians",
     ]
 
 
@@ -168,7 +178,7 @@ def _summary(record: dict[str, Any]) -> list[str]:
     lines = []
     for name, ceiling in (record.get("ceilings") or {}).items():
         rate = (
-            f"{ceiling['tflops']:.1f} TFLOPS" if name == "sgemm" else f"{ceiling['gb_s']:.0f} GB/s"
+            f"{ceiling['gb_s']:.0f} GB/s" if name == "copy" else f"{ceiling['tflops']:.1f} TFLOPS"
         )
         lines.append(f"ceiling, {ceiling['what']}: {rate}")
     for rival in rivals(record):
@@ -226,12 +236,18 @@ def _notes(record: dict[str, Any]) -> list[str]:
         for e in layer["implementations"]
     ):
         lines.append("workspace '?': not told by the implementation")
-    if any(
-        e.get("times") and accuracy(layer, e) == TF32
+    told = {
+        wanted(layer) == TF32
         for layer in record["layers"]
         for e in layer["implementations"]
-    ):
+        if e.get("times") and accuracy(layer, e) == TF32
+    }
+    if False in told:
         lines.append("tf32: float32 with TF32 allowed, a class of its own; in no ratio")
+    if True in told:
+        lines.append(
+            "tf32: float32 with TF32 allowed, ours and theirs; who has no TF32 takes part in fp32"
+        )
     return lines
 
 
@@ -257,11 +273,16 @@ def _states(record: dict[str, Any]) -> tuple[str, ...]:
     return ()
 
 
+def _share_head(record: dict[str, Any]) -> str:
+    """SGEMM is the float32 product's name; the others go by their class."""
+    classes = {wanted(layer) for layer in record["layers"]} - {"fp32"}
+    return "% of SGEMM" if not classes else f"% of {'/'.join(sorted(classes))} GEMM"
+
+
 def _share_cell(layer: dict[str, Any], rate: float, ceilings: dict[str, Any]) -> str:
-    """Our rate as a share of the float32 product's; nothing for a layer in another dtype."""
-    if layer["dtype"] != "float32":
-        return "-"
-    return f"{100 * rate / ceilings['sgemm']['tflops']:.0f}"
+    """Our rate as a share of the product's in the layer's class; nothing where it is unknown."""
+    ceiling = product(ceilings, wanted(layer))
+    return "-" if ceiling is None else f"{100 * rate / ceiling['tflops']:.0f}"
 
 
 def _ratio_cell(layer: dict[str, Any], rival: Rival) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .accuracy import ACCURACY
+from ..accuracy import OWN, accepted
 
 __all__ = [
     "CUDNN_FAMILIES",
@@ -16,6 +16,7 @@ __all__ = [
     "fastest",
     "median_us",
     "rivals",
+    "wanted",
 ]
 
 #: Up to here a workspace counts as little: tables of indices are no copy of the input.
@@ -35,7 +36,12 @@ def median_us(entry: dict[str, Any], state: str | None = None) -> float:
 
 def accuracy(layer: dict[str, Any], entry: dict[str, Any]) -> str:
     """The accuracy class of an entry; the dtype's own where the record names none."""
-    return entry.get("accuracy") or ACCURACY[layer["dtype"]]
+    return entry.get("accuracy") or OWN[layer["dtype"]]
+
+
+def wanted(layer: dict[str, Any]) -> str:
+    """The accuracy class that a layer was measured for; the dtype's own unless it says so."""
+    return layer.get("accuracy") or OWN[layer["dtype"]]
 
 
 def fastest(
@@ -48,14 +54,15 @@ def fastest(
     """The fastest timed entry of these families, or None.
 
     most_workspace: bytes that it may take. algorithms: cuDNN's names, empty for any. of_class:
-    its accuracy class, None for the layer's dtype's own, which leaves tf32 out of float32.
+    its accuracy class, None for any that answers the layer's: tf32 is none of float32, while what
+    is measured for tf32 may be better.
     """
-    wanted = of_class or ACCURACY[layer["dtype"]]
+    classes = (of_class,) if of_class else accepted(layer["dtype"], wanted(layer))
 
     def counts(entry: dict[str, Any]) -> bool:
         if entry["family"] not in families or not entry.get("times"):
             return False
-        if accuracy(layer, entry) != wanted:
+        if accuracy(layer, entry) not in classes:
             return False
         if algorithms and entry.get("detail", {}).get("algorithm") not in algorithms:
             return False

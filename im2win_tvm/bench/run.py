@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,11 +13,12 @@ from shlex import join
 from typing import Any
 
 from .. import environment
-from ..builds import Request, build_all, default_jobs
+from ..accuracy import TF32, accepted, allowed
+from ..builds import build_all, default_jobs
 from ..problem import ConvProblem
 from ..target import Target
 from . import ceilings, timing
-from .accuracy import ACCURACY, TF32, TF32_DTYPE, TF32_LIMIT
+from .accuracy import no_tf32
 from .baselines import Implementation, Prepared
 from .baselines.im2win import Im2win
 from .operands import Operands, operands_for
@@ -33,11 +35,22 @@ class BenchError(RuntimeError):
     """A measurement that cannot take place here; the text says what is missing."""
 
 
-def limits_for(target: Target) -> timing.Limits:
-    """What bounds a measurement: the whole paper suite within a few minutes."""
-    if target.kind == "cuda":
-        return timing.Limits(seconds=0.4, least=10, most=50)
-    return timing.Limits(seconds=0.4, least=3, most=100)
+def limits_for(target: Target, time_limit: float | None = None) -> timing.Limits:
+    """What bounds a measurement: the whole paper suite within a few minutes.
+
+    time_limit: seconds for one implementation of one layer, a third of them warm-up; never more
+    than without it, and no less than five calls in each cache state. The record has the result.
+    """
+    least, most = (10, 50) if target.kind == "cuda" else (3, 100)
+    usual = timing.Limits(seconds=0.4, least=least, most=most)
+    if time_limit is None:
+        return usual
+    return timing.Limits(
+        warmup=min(usual.warmup, time_limit / 3),
+        seconds=min(usual.seconds, 2 * time_limit / 3),
+        least=min(least, 5),
+        most=most,
+    )
 
 
 def run(
@@ -46,12 +59,22 @@ def run(
     implementations: list[Implementation],
     limits: timing.Limits | None = None,
     progress: Progress = lambda what: None,
+    accuracy: str | None = None,
 ) -> dict[str, Any]:
     """Check and time every implementation on every problem; the record, ready for JSON.
 
     `progress` is told what comes next, once for every kernel built beforehand and every problem.
-    Raises BenchError where the target cannot run here.
+    accuracy: the class that is measured, None for the dtype's own. With tf32 a family that computes
+    in it takes part in it alone, on both sides; what computes in fp32 only takes part in that.
+    Raises BenchError where the target cannot run here, AccuracyError for a class that a problem's
+    dtype does not have.
     """
+    started = time.monotonic()
+    # First of all, so that a class which a dtype does not have is refused before anything is built.
+    entrants = {
+        name: _entrants(problem, target, implementations, accuracy)
+        for name, problem in problems.items()
+    }
     if target.kind == "cuda":
         _require_cuda()
     limits = limits or limits_for(target)
@@ -67,17 +90,21 @@ def run(
         "protocol": timing.describe(clock, limits),
         "layers": [],
     }
-    _build_ahead(problems.values(), target, implementations, progress)
+    _build_ahead(problems, target, entrants, progress)
     if target.kind == "cuda":
-        record["ceilings"] = ceilings.measure(clock, limits)
+        classes = {accepted(problem.dtype, accuracy)[0] for problem in problems.values()}
+        # Where there is no TF32, a product by that name would be another's.
+        classes -= {TF32} if no_tf32(target) else set()
+        record["ceilings"] = ceilings.measure(clock, limits, sorted(classes))
     for name, problem in problems.items():
         progress(name)
-        measured = _measure(problem, target, implementations, clock, limits)
+        measured = _measure(problem, target, entrants[name], clock, limits)
         record["layers"].append(
             {
                 "name": name,
                 "problem": str(problem),
                 "dtype": problem.dtype,
+                "accuracy": accepted(problem.dtype, accuracy)[0],
                 "layout": problem.layout,
                 "batch": problem.batch,
                 "flops": problem.flops,
@@ -85,6 +112,7 @@ def run(
                 "implementations": measured,
             }
         )
+    record["seconds"] = round(time.monotonic() - started, 1)
     return record
 
 
@@ -122,10 +150,39 @@ def _torch_details(target: Target) -> dict[str, Any]:
     return {"torch": {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}}
 
 
-def _build_ahead(
-    problems: Iterable[ConvProblem],
+def _entrants(
+    problem: ConvProblem,
     target: Target,
     implementations: list[Implementation],
+    accuracy: str | None,
+) -> list[Implementation]:
+    """Those of the implementations that take part on a problem, in their order.
+
+    No gap is left by the others: there is nothing that they could compute, or they do it better.
+    """
+    preferred, *others = accepted(problem.dtype, accuracy)
+    kinds = {entry.name: entry.accuracy(problem) for entry in implementations}
+    better = {
+        entry.family
+        for entry in implementations
+        if others and kinds[entry.name] == preferred and entry.available(problem, target) is None
+    }
+
+    def takes_part(entry: Implementation) -> bool:
+        if kinds[entry.name] in others:
+            return entry.family not in better
+        if kinds[entry.name] == preferred:
+            return True
+        # A competitor's other class is shown, in no ratio; ours is for whoever asks for it.
+        return entry.family != Im2win.family and kinds[entry.name] in allowed(problem.dtype)
+
+    return [entry for entry in implementations if takes_part(entry)]
+
+
+def _build_ahead(
+    problems: Mapping[str, ConvProblem],
+    target: Target,
+    entrants: Mapping[str, list[Implementation]],
     progress: Progress,
 ) -> None:
     """Build the project's kernels in several processes, where the target makes that pay."""
@@ -134,14 +191,11 @@ def _build_ahead(
         return
     wanted = [
         (entry, problem)
-        for problem in problems
-        for entry in implementations
+        for name, problem in problems.items()
+        for entry in entrants[name]
         if isinstance(entry, Im2win) and entry.available(problem, target) is None
     ]
-    requests = [
-        Request(problem, target, entry.schedule, entry.config_for(problem, target))
-        for entry, problem in wanted
-    ]
+    requests = [entry.request(problem, target) for entry, problem in wanted]
     built = build_all(requests, min(jobs, len(requests)) or 1)
     for (entry, problem), kernel in zip(wanted, built, strict=True):
         progress(f"build {entry.name}")
@@ -160,12 +214,10 @@ def _measure(
     ready: dict[str, Prepared] = {}
     operands = operands_for(problem, target.kind)
     for implementation in implementations:
-        if implementation.accuracy == TF32 and problem.dtype != TF32_DTYPE:
-            continue  # no gap: there is nothing that it could compute
         entry = {
             "name": implementation.name,
             "family": implementation.family,
-            "accuracy": implementation.accuracy or ACCURACY[problem.dtype],
+            "accuracy": implementation.accuracy(problem),
             "status": "absent",
             "reason": implementation.available(problem, target),
         }
@@ -188,7 +240,7 @@ def _checked(
     limit = implementation.relative_limit
     try:
         prepared = implementation.prepare(operands, target)
-        outcome = operands.check(prepared.view(prepared.call()))
+        outcome = operands.check(prepared.view(prepared.call()), entry["accuracy"])
     except Exception as error:
         # A competitor that cannot take the problem is a gap; of our own code it is a failure.
         entry["status"] = "failed" if limit is None else "absent"
@@ -200,9 +252,7 @@ def _checked(
         "max_error": _finite(outcome.max_error),
         "relative_error": _finite(outcome.relative_error),
     }
-    # The operands know the class of their dtype alone.
-    in_tf32 = implementation.accuracy == TF32 and outcome.relative_error <= TF32_LIMIT
-    if outcome.in_class or in_tf32:
+    if outcome.in_class:
         entry["status"] = "ok"
     elif limit is not None and outcome.relative_error <= limit[operands.problem.dtype]:
         entry["status"], entry["reason"] = "outside", outcome.message

@@ -10,6 +10,7 @@ import typer
 
 from .options import (
     PROBLEM_HELP,
+    AccuracyOption,
     ArchOption,
     ConfigOption,
     DtypeOption,
@@ -44,9 +45,11 @@ def bench(
     target: TargetOption = None,
     arch: ArchOption = None,
     dtype: DtypeOption = "float32",
+    accuracy: AccuracyOption = None,
     layout: LayoutOption = None,
     schedule: Annotated[
-        str | None, typer.Option("--schedule", help="Only this schedule. Default: every one.")
+        str | None,
+        typer.Option("--schedule", help="Only these, comma-separated. Default: every one."),
     ] = None,
     config: ConfigOption = None,
     against: Annotated[
@@ -55,6 +58,16 @@ def bench(
             "--against",
             help="Comma-separated: cudnn, cudnn-frontend, cublas, direct (cuda only), tvm, "
             "tvm-tuned, torch, or none. Default: tvm,torch.",
+        ),
+    ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--time-limit",
+            metavar="SECONDS",
+            help="Most seconds that one implementation of one layer is measured, a third of them "
+            "warm-up; least five calls. Default: 0.2 of warm-up, then 0.4. Preparation, such as "
+            "cuDNN's search for its fastest engine, comes on top.",
         ),
     ] = None,
     json_path: Annotated[
@@ -76,20 +89,23 @@ def bench(
 
     Every output is checked against a float64 reference in the same run. Exits with 1 if an
     implementation fails its check; a competitor that is not installed is a gap in the table.
+    Ratios are within one accuracy class: with --accuracy tf32 all who can compute in TF32 do.
     """
     from ..bench import chart, report, roofline, rows
     from ..bench.baselines import implementations
     from ..bench.baselines.im2win import Im2win
-    from ..bench.run import failures, run
+    from ..bench.run import failures, limits_for, run
     from ..builds import default_jobs
     from ..target import resolve
 
+    if time_limit is not None and not time_limit > 0:
+        raise typer.BadParameter(f"time-limit={time_limit}: allowed: more than 0")
     resolved = resolve(target, arch=arch)
     chosen = _problems(problems or [], suite, batch, dtype, layout, resolved.kind)
     contenders = implementations(
         resolved,
         _families(against),
-        known_schedule(schedule, resolved.kind),
+        _schedules(schedule, resolved.kind),
         parse_config(config, schedule),
     )
     if roofline_path is not None and resolved.kind != "cuda":
@@ -103,7 +119,8 @@ def bench(
     ours = sum(isinstance(entry, Im2win) for entry in contenders)
     builds = 0 if default_jobs(resolved) == 1 else ours * len(chosen)
     with progress(len(chosen) + builds) as step:
-        record = run(chosen, resolved, contenders, progress=step)
+        limits = limits_for(resolved, time_limit)
+        record = run(chosen, resolved, contenders, limits, step, accuracy)
     print(report.text(record))
     if json_path is not None:
         json_path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
@@ -135,6 +152,13 @@ def _problems(
         name, problem = parse_problem(text, dtype, layout, batch)
         chosen[name] = problem
     return chosen
+
+
+def _schedules(names: str | None, kind: str) -> list[str] | None:
+    """The schedules of --schedule. Raises ScheduleError for one that is not for the target."""
+    if names is None:
+        return None
+    return [known_schedule(name.strip(), kind) for name in names.split(",")]
 
 
 def _families(against: list[str] | None) -> list[str] | None:

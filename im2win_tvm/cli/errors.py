@@ -22,6 +22,7 @@ class Group(TyperGroup):
 
 def _refusals() -> tuple[type[Exception], ...]:
     """Imported only once something is raised, so that `--help` does not wait for TVM."""
+    from ..accuracy import AccuracyError
     from ..arrays import ArgumentError
     from ..artifact import ArtifactError
     from ..batch import BatchError
@@ -35,6 +36,7 @@ def _refusals() -> tuple[type[Exception], ...]:
     from ..tuning.measuring import TuningError
 
     return (
+        AccuracyError,
         ArgumentError,
         ArtifactError,
         BatchError,

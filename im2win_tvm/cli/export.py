@@ -11,6 +11,7 @@ import typer
 from .metadata import summary
 from .options import (
     PROBLEM_HELP,
+    AccuracyOption,
     ArchOption,
     BatchSizeOption,
     ConfigOption,
@@ -32,6 +33,7 @@ def export(
     target: TargetOption = None,
     arch: ArchOption = None,
     dtype: DtypeOption = "float32",
+    accuracy: AccuracyOption = None,
     layout: LayoutOption = None,
     batch: BatchSizeOption = None,
     schedule: ScheduleOption = None,
@@ -62,6 +64,7 @@ def export(
             parsed,
             target,
             arch=arch,
+            accuracy=accuracy,
             schedule=schedule,
             config=parse_config(config, schedule),
             bias=bias,

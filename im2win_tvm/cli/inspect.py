@@ -13,6 +13,7 @@ import typer
 from .metadata import fields, summary
 from .options import (
     PROBLEM_HELP,
+    AccuracyOption,
     ArchOption,
     BatchSizeOption,
     ConfigOption,
@@ -38,6 +39,7 @@ def inspect(
     target: TargetOption = None,
     arch: ArchOption = None,
     dtype: DtypeOption = "float32",
+    accuracy: AccuracyOption = None,
     layout: LayoutOption = None,
     batch: BatchSizeOption = None,
     schedule: ScheduleOption = None,
@@ -68,7 +70,7 @@ def inspect(
         if wanted and resolved.kind != kind:
             raise typer.BadParameter(f"{flag}: allowed for --target {kind}, not for {resolved}")
     _, problem = parse_problem(subject, dtype, layout, batch)
-    choice = select(problem, resolved, schedule, parse_config(config, schedule))
+    choice = select(problem, resolved, schedule, parse_config(config, schedule), accuracy)
     with working(f"compiling {problem}"):
         shown = _facts(problem, resolved, choice)
         shown |= _generated(problem, resolved, choice, tir, cuda, ptx, asm)
@@ -90,6 +92,7 @@ def _facts(problem: ConvProblem, target: Target, choice: Choice) -> dict[str, An
             "im2win tensor": problem.im2win_elements * problem.itemsize,
             "im2col matrix": problem.im2col_elements * problem.itemsize,
         },
+        "accuracy": choice.schedule.accuracy(problem),
         "schedule": choice.schedule.name,
         "config": asdict(choice.config),
         "origin": asdict(choice.origin),
@@ -156,6 +159,7 @@ def _lines(shown: dict[str, Any]) -> list[str]:
     ]
     lines += [f"{name:<16} {units.size(count)}" for name, count in shown["bytes"].items()]
     lines += [
+        f"{'accuracy':<16} {shown['accuracy']}",
         f"{'schedule':<16} {shown['schedule']}",
         f"{'config':<16} {fields(shown['config'])}",
         f"{'from':<16} {Origin(**shown['origin'])}",

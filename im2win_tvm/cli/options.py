@@ -22,6 +22,14 @@ ArchOption = Annotated[
     ),
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
+AccuracyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--accuracy",
+        help="Accuracy class. tf32, for float32 only: tensor cores may round the operands of its "
+        "products to 10 bits. Default: the dtype's own (fp32, fp16, bf16).",
+    ),
+]
 LayoutOption = Annotated[
     str | None,
     typer.Option("--layout", help="NCHW or NHWC (1-D: NCW, NWC). Default: channels first."),

@@ -15,6 +15,7 @@ import typer
 from .metadata import fields
 from .options import (
     PROBLEM_HELP,
+    AccuracyOption,
     ArchOption,
     DtypeOption,
     LayoutOption,
@@ -48,10 +49,13 @@ def tune(
     target: TargetOption = None,
     arch: ArchOption = None,
     dtype: DtypeOption = "float32",
+    accuracy: AccuracyOption = None,
     layout: LayoutOption = None,
     schedule: Annotated[
         str | None,
-        typer.Option("--schedule", help="Only this one. Default: all that take the problem."),
+        typer.Option(
+            "--schedule", help="Only this one. Default: all that take the problem in its class."
+        ),
     ] = None,
     trials: Annotated[
         int | None,
@@ -118,11 +122,11 @@ def tune(
     plans: _Plans = {}
     if again:
         places = list(dict.fromkeys([place, *lookup.places()]))
-        known = _recorded(chosen, resolved, schedule, places)
+        known = _recorded(chosen, resolved, schedule, places, accuracy)
         for problem, name in known:
             plans.setdefault(problem, []).append(name)
     else:
-        plans = _supporting(chosen, resolved, schedule)
+        plans = _supporting(chosen, resolved, schedule, accuracy)
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
     steps = len(plans) + trials * sum(map(len, plans.values()))
@@ -190,16 +194,21 @@ def _problems(
     return list(dict.fromkeys(chosen))
 
 
-def _supporting(problems: list[ConvProblem], target: Target, schedule: str | None) -> _Plans:
-    """The schedules that take each problem. Raises ScheduleError if none does."""
-    from ..schedules import SCHEDULES
-    from ..select import select
+def _supporting(
+    problems: list[ConvProblem], target: Target, schedule: str | None, accuracy: str | None
+) -> _Plans:
+    """The schedules that take each problem in its class; those of fp32 for tf32 if no other does.
+
+    Raises AccuracyError, and ScheduleError if none does.
+    """
+    from ..select import supporting
 
     plans = {}
     for problem in problems:
-        select(problem, target, schedule)  # or say why nothing takes it
-        asked = SCHEDULES if schedule is None else {schedule: SCHEDULES[schedule]}
-        plans[problem] = [n for n, s in asked.items() if s.supports(problem, target) is None]
+        found = supporting(problem, target, schedule, accuracy)
+        kinds = {name: entry.accuracy(problem) for name, entry in found.items()}
+        preferred = next(iter(kinds.values()))
+        plans[problem] = [name for name, kind in kinds.items() if kind == preferred]
     return plans
 
 
@@ -221,9 +230,15 @@ _Recorded = dict[tuple["ConvProblem", str], list[Any]]
 
 
 def _recorded(
-    problems: list[ConvProblem], target: Target, schedule: str | None, places: list[Path]
+    problems: list[ConvProblem],
+    target: Target,
+    schedule: str | None,
+    places: list[Path],
+    accuracy: str | None,
 ) -> _Recorded:
-    """What is recorded of these problems (of all, if there are none), and of this schedule."""
+    """What is recorded of these problems (of all, if there are none), this schedule and class."""
+    from ..accuracy import OWN
+    from ..schedules import SCHEDULES
     from ..tuning.lookup import recorded
     from ..tuning.measuring import TuningError
     from ..tuning.records import key_of
@@ -232,7 +247,9 @@ def _recorded(
     found = {
         (problem, name): configs
         for (problem, name), configs in recorded(places, target).items()
-        if schedule in (None, name) and (not problems or problem in wanted)
+        if schedule in (None, name)
+        and (not problems or problem in wanted)
+        and SCHEDULES[name].accuracy(problem) == (accuracy or OWN[problem.dtype])
     }
     if not found:
         raise TuningError(

@@ -15,6 +15,7 @@ import typer
 
 from .options import (
     PROBLEM_HELP,
+    AccuracyOption,
     ArchOption,
     BatchSizeOption,
     ConfigOption,
@@ -54,13 +55,15 @@ def verify(
     target: TargetOption = None,
     arch: ArchOption = None,
     dtype: DtypeOption = "float32",
+    accuracy: AccuracyOption = None,
     layout: LayoutOption = None,
     schedule: Annotated[
         str | None,
         typer.Option("--schedule", help="A schedule by name. Default: the selected one."),
     ] = None,
     all_schedules: Annotated[
-        bool, typer.Option("--all-schedules", help="Every schedule that takes the problem.")
+        bool,
+        typer.Option("--all-schedules", help="Every schedule that takes the problem in its class."),
     ] = False,
     config: ConfigOption = None,
     fill: Annotated[
@@ -91,10 +94,13 @@ def verify(
     Prints the command that repeats a case before it runs, then PASS, FAIL or SKIP with the
     reason. Exits with 1 if a case fails or none was run.
     """
+    from ..accuracy import OWN, accepted
     from ..builds import default_jobs
     from ..target import TargetError, resolve
     from ..tensors import KINDS
 
+    if accuracy is not None and dtype in OWN:
+        accepted(dtype, accuracy)
     if fill not in (*KINDS, "both"):
         raise typer.BadParameter(f"fill={fill!r}: allowed: {', '.join(KINDS)} or both")
     if schedule is not None and all_schedules:
@@ -116,6 +122,7 @@ def verify(
         KINDS if fill == "both" else (fill,),
         seed,
         emulate,
+        accuracy,
     )
     listed = list(_problems(problems or [], batch or [], suite, mb, dtype, layout))
     plan = [planned for problem, reason in listed for planned in wanted.plan(problem, reason)]
@@ -176,24 +183,25 @@ class _Wanted:
     fills: tuple[str, ...]
     seed: int
     emulate: bool
+    accuracy: str | None
 
     def plan(self, problem: ConvProblem, reason: str | None = None) -> list[_Planned]:
         """The kernels of one problem, or the reason why there is none."""
-        from ..schedules import SCHEDULES, ScheduleError
-        from ..select import select
+        from ..accuracy import AccuracyError
+        from ..schedules import ScheduleError
+        from ..select import select, supporting
 
         reason = reason or self._too_large(problem)
         if reason is not None:
             return [_Planned(problem, self.schedule, reason)]
-        if self.every:
-            names = [n for n, s in SCHEDULES.items() if s.supports(problem, self.target) is None]
-            if names:
-                return [_Planned(problem, name, None) for name in names]
         try:
-            name = select(problem, self.target, self.schedule).schedule.name
-        except ScheduleError as error:
+            names = list(supporting(problem, self.target, self.schedule, self.accuracy))
+            if not self.every:
+                choice = select(problem, self.target, self.schedule, accuracy=self.accuracy)
+                names = [choice.schedule.name]
+        except (AccuracyError, ScheduleError) as error:
             return [_Planned(problem, self.schedule, str(error))]
-        return [_Planned(problem, name, None)]
+        return [_Planned(problem, name, None) for name in names]
 
     def _too_large(self, problem: ConvProblem) -> str | None:
         from .. import verification
@@ -215,11 +223,19 @@ def _run(
 ) -> Iterator[dict[str, Any]]:
     """One result a kernel and fill, printed as it comes."""
     from .. import verification
+    from ..accuracy import OWN
     from ..builds import Request, build_all
+    from ..schedules import SCHEDULES
     from ..select import select
 
     requests = (
-        Request(planned.problem, wanted.target, planned.schedule, wanted.config)
+        Request(
+            planned.problem,
+            wanted.target,
+            planned.schedule,
+            wanted.config,
+            accuracy=wanted.accuracy,
+        )
         for planned in plan
         if planned.skip is None
     )
@@ -228,6 +244,9 @@ def _run(
     for planned in plan:
         problem = planned.problem
         run: verification.Run | Exception | None = None
+        kind = wanted.accuracy or OWN[problem.dtype]
+        if planned.skip is None:  # its own class, which may be better than what was asked for
+            kind = SCHEDULES[planned.schedule].accuracy(problem)
         for fill in wanted.fills:
             repro = _repro(planned, wanted, arch, fill)
             print(repro, flush=True)
@@ -236,14 +255,20 @@ def _run(
             else:
                 try:
                     if run is None and wanted.emulate:
-                        choice = select(problem, wanted.target, planned.schedule, wanted.config)
+                        choice = select(
+                            problem,
+                            wanted.target,
+                            planned.schedule,
+                            wanted.config,
+                            wanted.accuracy,
+                        )
                         run = verification.emulated(problem, wanted.target, choice)
                     elif run is None:
                         kernel = next(kernels)
                         if isinstance(kernel, Exception):
                             raise kernel
                         run = verification.on_device(kernel)
-                    result = verification.verify(problem, run, fill, wanted.seed)
+                    result = verification.verify(problem, run, fill, wanted.seed, kind)
                     word, message = ("PASS" if result.ok else "FAIL"), result.message
                 except Exception as error:
                     # A kernel that cannot be built or called is a failed case, and no reason to
@@ -254,6 +279,7 @@ def _run(
                 "problem": str(problem),
                 "dtype": problem.dtype,
                 "layout": problem.layout,
+                "accuracy": kind,
                 "schedule": planned.schedule,
                 "fill": fill,
                 "result": word,
@@ -269,6 +295,7 @@ def _repro(planned: _Planned, wanted: _Wanted, arch: str | None, fill: str) -> s
     words += ["--arch", arch] if arch is not None else []
     words += ["--emulate"] if wanted.emulate else []
     words += ["--schedule", planned.schedule] if planned.schedule else []
+    words += ["--accuracy", wanted.accuracy] if wanted.accuracy else []
     words += ["--config", json.dumps(wanted.config)] if wanted.config is not None else []
     words += ["--fill", fill] + (["--seed", str(wanted.seed)] if wanted.seed else [])
     words += ["--dtype", problem.dtype, "--layout", problem.layout]

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..bench import timing
 from ..bench.operands import Operands, operands_for
-from ..kernel import load
+from ..kernel import Kernel, load
 from ..problem import ConvProblem
 
 __all__ = ["Measurement", "Measurer", "TuningError", "first_line"]
@@ -198,13 +198,16 @@ def _measured(
 ) -> list[Measurement]:
     results: list[Measurement] = []
     calls: dict[int, Any] = {}
+    classes: dict[int, str] = {}
     # One for all of them, since each is checked right after a call of its own: the outputs of
     # twenty finalists would not fit on every GPU.
     output = operands.poisoned()
     for index, library in enumerate(libraries):
         try:
-            call = _call_of(library, operands, output)
-            results.append(_checked(output, call, operands))
+            kernel = load(library)
+            call = _call_of(kernel, operands, output)
+            classes[index] = kernel.metadata["accuracy"]
+            results.append(_checked(output, call, operands, classes[index]))
         except Exception as error:
             results.append(Measurement(first_line(error)))
         if results[-1].passed:
@@ -213,7 +216,7 @@ def _measured(
         times = timing.measure(calls, clock, limits)
         for index, call in calls.items():
             # Once more: a race may show in one call of many only.
-            again = _checked(output, call, operands)
+            again = _checked(output, call, operands, classes[index])
             results[index] = replace(again, times=times[index] if again.passed else {})
     except Exception as error:
         for index in calls:
@@ -221,17 +224,16 @@ def _measured(
     return results
 
 
-def _call_of(library: Path, operands: Operands, output: Any) -> Any:
+def _call_of(kernel: Kernel, operands: Operands, output: Any) -> Any:
     """The call of a kernel that writes `output`; its weights are prepared."""
-    kernel = load(library)
     weights = kernel.prepare(operands.w)
     return lambda: kernel(operands.x, weights, out=output)
 
 
-def _checked(output: Any, call: Any, operands: Operands) -> Measurement:
+def _checked(output: Any, call: Any, operands: Operands, accuracy: str) -> Measurement:
     output[...] = math.nan
     call()
-    outcome = operands.check(output)
+    outcome = operands.check(output, accuracy)
     error = outcome.relative_error if math.isfinite(outcome.relative_error) else None
     return Measurement(None, outcome.in_class, error, outcome.message)
 

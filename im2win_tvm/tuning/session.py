@@ -182,8 +182,11 @@ class Session:
         ]
 
     def _build(self, result: Result, configs: list[Any]) -> list[_Candidate]:
+        problem = result.problem
+        accuracy = SCHEDULES[result.schedule].accuracy(problem)  # what was asked for is its name
         requests = [
-            Request(result.problem, self._target, result.schedule, config) for config in configs
+            Request(problem, self._target, result.schedule, config, accuracy=accuracy)
+            for config in configs
         ]
         built = self._builder.build(requests)
         return [_Candidate(result, *pair) for pair in zip(configs, built, strict=True)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ...schedules import SCHEDULES
 from ...target import Target
-from ..accuracy import TF32
 from .base import Implementation, Prepared
 from .cublas import Cublas
 from .cudnn import CUDNN
@@ -34,20 +33,21 @@ DEFAULT = ("tvm", "torch")
 def implementations(
     target: Target,
     against: list[str] | None = None,
-    schedule: str | None = None,
+    schedules: list[str] | None = None,
     config: dict | None = None,
 ) -> list[Implementation]:
     """The project's schedules for the target, then the competitors.
 
-    against: families to measure against (None: DEFAULT). schedule, config:
-    only this schedule, with this configuration instead of the heuristic's.
+    against: families to measure against (None: DEFAULT). schedules: only these. config: for each of
+    them, instead of the heuristic's. Which of them compute in the class that is asked for, and take
+    part, is for `run` to say.
     """
     ours = [
         Im2win(name, config)
         for name, candidate in SCHEDULES.items()
-        if (candidate.kind == target.kind if schedule is None else name == schedule)
+        if (candidate.kind == target.kind if schedules is None else name in schedules)
     ]
     families = DEFAULT if against is None else against
     theirs = [entry for family in families for entry in COMPETITORS[family]]
     # Where there is no TF32 at all, its absence is no gap.
-    return [*ours, *(e for e in theirs if target.kind == "cuda" or e.accuracy != TF32)]
+    return [*ours, *(e for e in theirs if target.kind == "cuda" or not getattr(e, "tf32", False))]

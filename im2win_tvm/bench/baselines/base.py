@@ -35,15 +35,16 @@ class Implementation(Protocol):
     """One way to compute a convolution.
 
     name: unique. family: whose it is; a table compares the best of each family.
-    accuracy: the accuracy class it computes in, None for that of the problem's dtype.
     relative_limit: relative error up to which it counts as computing the convolution at all, by
     dtype; None for the project's own, which must meet the accuracy class.
     """
 
     name: str
     family: str
-    accuracy: str | None
     relative_limit: dict[str, float] | None
+
+    def accuracy(self, problem: ConvProblem) -> str:
+        """The accuracy class of its outputs; one that the dtype does not have: it is not for it."""
 
     def available(self, problem: ConvProblem, target: Target) -> str | None:
         """None if it can run the problem on the target here, otherwise the reason."""

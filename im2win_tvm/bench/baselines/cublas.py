@@ -14,8 +14,10 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+from ...accuracy import OWN
 from ...problem import ConvProblem
 from ...target import Target
+from ..ceilings import float32_sums
 from ..operands import Operands
 from .base import COMPETITOR_LIMIT, Prepared
 from .torch_conv import peak_above
@@ -29,8 +31,10 @@ class Cublas:
 
     name = "cublas"
     family = "cublas"
-    accuracy = None
     relative_limit = COMPETITOR_LIMIT
+
+    def accuracy(self, problem: ConvProblem) -> str:
+        return OWN[problem.dtype]
 
     def available(self, problem: ConvProblem, target: Target) -> str | None:
         if target.kind != "cuda":
@@ -44,10 +48,9 @@ class Cublas:
         return None
 
     def prepare(self, operands: Operands, target: Target) -> Prepared:
-        import torch
 
         problem = operands.problem
-        torch.backends.cuda.matmul.allow_tf32 = False
+        float32_sums()
         x = operands.x.movedim(-1, 1) if problem.channels_last else operands.x
         x, w = x.contiguous(), operands.w
         call, how = choose(problem, x, w)
@@ -55,7 +58,9 @@ class Cublas:
         def view(y: Any) -> Any:
             return y.movedim(1, -1) if problem.channels_last else y
 
-        return Prepared(call, peak_above(call), {"how": how, "tf32": False}, view)
+        return Prepared(
+            call, peak_above(call), {"how": how, "tf32": False, "sums": "float32"}, view
+        )
 
 
 def choose(problem: ConvProblem, x: Any, w: Any) -> tuple[Callable[[], Any], str]:

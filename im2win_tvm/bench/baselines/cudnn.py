@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...accuracy import OWN, TF32
 from ...problem import ConvProblem
 from ...target import Target
-from ..accuracy import TF32, no_tf32
+from ..accuracy import no_tf32
 from ..operands import Operands
 from .base import COMPETITOR_LIMIT, TF32_COMPETITOR_LIMIT, Prepared
 from .cudnn_library import ALGORITHMS, FORMATS, Library, Plan, load_library
@@ -34,11 +35,13 @@ class Cudnn:
         self.algorithm = algorithm
         self.layout = layout
         self.tf32 = tf32
-        self.accuracy = TF32 if tf32 else None
         self.relative_limit = TF32_COMPETITOR_LIMIT if tf32 else COMPETITOR_LIMIT
         parts = [f"cudnn:{algorithm}", *(["nhwc"] if layout == "NHWC" else [])]
         self.name = " ".join([*parts, *(["tf32"] if tf32 else [])])
         self._library = library
+
+    def accuracy(self, problem: ConvProblem) -> str:
+        return TF32 if self.tf32 else OWN[problem.dtype]
 
     def available(self, problem: ConvProblem, target: Target) -> str | None:
         if target.kind != "cuda":

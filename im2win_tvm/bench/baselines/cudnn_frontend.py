@@ -12,10 +12,11 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+from ...accuracy import OWN, TF32
 from ...problem import ConvProblem
 from ...target import Target
 from .. import timing
-from ..accuracy import TF32, no_tf32
+from ..accuracy import no_tf32
 from ..operands import Operands
 from ..rivals import LITTLE_WORKSPACE
 from .base import COMPETITOR_LIMIT, TF32_COMPETITOR_LIMIT, Prepared
@@ -76,10 +77,12 @@ class CudnnFrontend:
         self.layout = layout
         self.tf32 = tf32
         self.most_workspace = most_workspace
-        self.accuracy = TF32 if tf32 else None
         self.relative_limit = TF32_COMPETITOR_LIMIT if tf32 else COMPETITOR_LIMIT
         parts = ["cudnn-frontend", layout.lower(), *(["tf32"] if tf32 else [])]
         self.name = " ".join([*parts, *([] if most_workspace is None else ["little workspace"])])
+
+    def accuracy(self, problem: ConvProblem) -> str:
+        return TF32 if self.tf32 else OWN[problem.dtype]
 
     def available(self, problem: ConvProblem, target: Target) -> str | None:
         if target.kind != "cuda":

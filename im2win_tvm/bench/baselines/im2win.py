@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ... import compiler
+from ...builds import Request, build_all
 from ...kernel import Kernel
 from ...problem import ConvProblem
 from ...schedules import SCHEDULES, Schedule
@@ -20,7 +20,6 @@ class Im2win:
     """
 
     family = "im2win"
-    accuracy = None
     relative_limit = None
 
     def __init__(
@@ -31,6 +30,15 @@ class Im2win:
         self._schedule = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
         self.name = self._schedule.name if name is None else name
         self._built: dict[ConvProblem, Kernel | Exception] = {}
+
+    def accuracy(self, problem: ConvProblem) -> str:
+        return self._schedule.accuracy(problem)
+
+    def request(self, problem: ConvProblem, target: Target) -> Request:
+        """The kernel for a problem; a schedule of tf32 is asked for by its name."""
+        config = self.config_for(problem, target)
+        accuracy = self.accuracy(problem)
+        return Request(problem, target, self.schedule, config, accuracy=accuracy)
 
     def available(self, problem: ConvProblem, target: Target) -> str | None:
         return self._schedule.supports(problem, target)
@@ -45,12 +53,7 @@ class Im2win:
 
     def prepare(self, operands: Operands, target: Target) -> Prepared:
         problem = operands.problem
-        kernel = self._built.pop(problem, None) or compiler.compile(
-            problem,
-            target,
-            schedule=self.schedule,
-            config=self.config_for(problem, target),
-        )
+        kernel = self._built.pop(problem, None) or next(build_all([self.request(problem, target)]))
         if isinstance(kernel, Exception):
             raise kernel
         weights = kernel.prepare(operands.w)

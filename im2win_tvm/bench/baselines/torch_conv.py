@@ -12,9 +12,10 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+from ...accuracy import OWN, TF32
 from ...problem import ConvProblem
 from ...target import CpuTarget, Target
-from ..accuracy import TF32, no_tf32
+from ..accuracy import no_tf32
 from ..operands import Operands
 from .base import COMPETITOR_LIMIT, TF32_COMPETITOR_LIMIT, Prepared
 
@@ -30,9 +31,11 @@ class Torch:
     def __init__(self, channels_last: bool, tf32: bool = False) -> None:
         self.channels_last = channels_last
         self.tf32 = tf32
-        self.accuracy = TF32 if tf32 else None
         self.relative_limit = TF32_COMPETITOR_LIMIT if tf32 else COMPETITOR_LIMIT
         self.name = ("torch nhwc" if channels_last else "torch nchw") + (" tf32" if tf32 else "")
+
+    def accuracy(self, problem: ConvProblem) -> str:
+        return TF32 if self.tf32 else OWN[problem.dtype]
 
     def available(self, problem: ConvProblem, target: Target) -> str | None:
         if importlib.util.find_spec("torch") is None:

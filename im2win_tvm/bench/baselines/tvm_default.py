@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ... import toolchain
+from ...accuracy import OWN
 from ...problem import ConvProblem
 from ...target import CpuTarget, Target
 from ..operands import Operands
@@ -24,8 +25,10 @@ class TvmDefault:
 
     name = "tvm"
     family = "tvm"
-    accuracy = None
     relative_limit = COMPETITOR_LIMIT
+
+    def accuracy(self, problem: ConvProblem) -> str:
+        return OWN[problem.dtype]
 
     def available(self, problem: ConvProblem, target: Target) -> str | None:
         if problem.spatial_rank != 2:
