@@ -201,5 +201,42 @@ def test_operands_that_change_before_they_were_waited_for():
 
 def test_descriptors_that_are_not_simulated():
     arrays = {"a": np.ones((64, 64), "float16"), "b": np.ones((8, 64), "float16")}
-    with pytest.raises(SimulationError, match="only the 128-byte swizzle is simulated"):
+    with pytest.raises(SimulationError, match="descriptors without a swizzle are not simulated"):
         run(together(True, swizzle=0), arrays | {"y": nan(64, 8)})
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_stored_from_registers(number, transposed):
+    """Of pairs of numbers, rounded to halves, that a lane holds of row lane // 4 of a matrix."""
+    name = f"stmatrix.sync.aligned.m8n8.x{number}{'.trans' if transposed else ''}.shared.b16"
+
+    @T.prim_func
+    def kernel(
+        x: T.Buffer((number, 8, 8), "float32"),
+        y: T.Buffer((number, 8, 8), "float16"),
+    ):
+        T.device_entry()
+        T.cta_id([1])
+        lane = T.thread_id([32])
+        tile = T.alloc_shared((number, 8, 8), "float16", align=16)
+        held = T.alloc_local((number,), "uint32")
+        for i in T.unroll(number):
+            T.ptx["cvt.rn.f16x2.f32"](
+                held[i], x[i, lane // 4, lane % 4 * 2 + 1], x[i, lane // 4, lane % 4 * 2]
+            )
+        T.ptx[name](
+            tile.ptr_to([lane // 8 % number, lane % 8, 0]), *[held[i] for i in range(number)]
+        )
+        T.cuda.cta_sync()
+        for i in T.serial(number * 2):
+            y[i // 2, i % 2 * 4 + lane // 8, lane % 8] = tile[
+                i // 2, i % 2 * 4 + lane // 8, lane % 8]  # fmt: skip
+
+    x, y = (
+        RNG.standard_normal((number, 8, 8)).astype("float32"),
+        nan(number, 8, 8).astype("float16"),
+    )
+    run(kernel, {"x": x, "y": y})
+    expected = x.transpose(0, 2, 1) if transposed else x
+    np.testing.assert_array_equal(y, expected.astype("float16"))

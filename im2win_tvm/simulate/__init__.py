@@ -1,6 +1,8 @@
 """Run a TIRx CUDA kernel on the CPU as the GPU would, and stop at what would go wrong there.
 
-All threads of a group of blocks run in lock step, one statement after another, as NumPy arrays.
+All threads of a group of blocks run in lock step, one statement after another, as NumPy arrays. A
+kernel with mbarriers, or with barriers of some warps, runs cluster by cluster: each warpgroup in
+lock step, taking turns where they wait; warps of one that wait for each other run apart too.
 Checked on the way:
 
 * every access: bounds of the array, alignment of vectors and copies to their size, words of shared
@@ -9,15 +11,33 @@ Checked on the way:
   them writing, with no barrier between; two lanes of one statement that write one word;
 * `cp.async`: its bytes arrive when the issuing thread waits for their group, and no sooner; nothing
   may touch them before;
-* barriers: reached by all threads of the block or of none;
+* bulk copies, of tensors by a map too: what the driver checks of a map; alignment; the words of
+  shared memory that they fill belong to those who waited for their mbarrier; they may not fill what
+  somebody, or a wgmma, not ordered before them still reads; copies that nobody waits for; out of
+  shared memory, that what they read stays, and what they write is left alone, until waited for;
+* mbarriers: initialised, known to whoever uses them, and fenced for copies; no more arrivals or
+  bytes than they expect, and no fewer at the end; a state where nobody can go on says who waits for
+  what;
+* wgmma: its operands unchanged and its sums untouched until it was waited for; with mbarriers also
+  that a proxy fence shows it what threads wrote;
+* barriers: reached by all threads of the block or of none, named ones by as many as they say;
 * clusters: no access of another block's shared memory before a cluster barrier shows that it runs,
   nor one that its end might precede.
 
-Not simulated: time, caches, the order of warps (a race is an error in any order), and threads that
-wait for each other in different branches: divergent branches run one after the other, so that a
-barrier must be where all come. Fences do nothing: only barriers order accesses. Both operands of
-`T.Select` are evaluated in every lane, those of `T.if_then_else`, `and` and `or` are not. What an
-intrinsic means is in the tables of `intrinsics` and `ptx`; any other is refused by name.
+Not simulated:
+
+* time, caches, and the order of warps. Without mbarriers a race is an error in any order; with them
+  it is one in the order that ran, where vector clocks tell what waiting has ordered;
+* threads that wait for each other in different branches, without mbarriers: a barrier there must be
+  where all come; with them, lanes of one warp, and warps of a warpgroup that has wgmma;
+* fences by themselves: only barriers order accesses. With mbarriers `fence.proxy.async` and
+  `fence.mbarrier_init` show copies and wgmma what was written, others do nothing;
+* bulk copies that reduce, gather or scatter; `cp.async` beside mbarriers.
+
+Both operands of `T.Select` are evaluated in every lane, those of `T.if_then_else`, `and` and `or`
+are not. What an intrinsic means is in the tables of `intrinsics` and `ptx`, to which `matrices`,
+`wgmma`, `mbarriers`, `bulk_copies`, `bulk_stores` and `tensor_maps` add; any other is refused by
+name.
 """
 
 from typing import NamedTuple

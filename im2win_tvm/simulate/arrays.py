@@ -47,6 +47,7 @@ class Registers:
     def reset(self) -> None:
         """Leave every row unwritten."""
         self.rows: list[Any] = [None] * self._count
+        self.flying: dict[int, np.ndarray] = {}  # rows that a wgmma is to fill
         self._written: list[Any] = [None] * self._count  # lanes, where some are not
 
     def load(self, row: int, mask: Mask, site: Site):
@@ -58,6 +59,9 @@ class Registers:
         return value
 
     def _check(self, row: int, mask: Mask, site: Site) -> None:
+        if row in self.flying:
+            message = f"{self.name}[{row}]: read of what a wgmma, not waited for, is to fill"
+            site.fail(self.machine, message, int(mask.lanes[0]))
         if not self._checked:
             return
         written = self._written[row]
@@ -72,6 +76,10 @@ class Registers:
 
     def store(self, row: int, value, mask: Mask) -> None:
         """Set a row for the lanes of a mask."""
+        if self.flying and row in self.flying:
+            raise SimulationError(
+                f"{self.name}[{row}]: written while a wgmma, not waited for, is to fill it"
+            )
         if mask.full:
             self.rows[row], self._written[row] = value, None
             return
@@ -94,6 +102,14 @@ class Registers:
             value = np.broadcast_to(self.load(int(row), part, site), self.machine.size)
             np.copyto(out, value, where=rows == row)
         return out
+
+    def fly(self, row: int, value: np.ndarray) -> None:
+        """A wgmma is to fill a row in every lane; what it held is gone."""
+        self.flying[row], self.rows[row], self._written[row] = value, None, None
+
+    def land(self, row: int) -> None:
+        """The wgmma has."""
+        self.rows[row] = self.flying.pop(row)
 
     def scatter(self, rows: np.ndarray, value, mask: Mask) -> None:
         """Set a row for each lane."""

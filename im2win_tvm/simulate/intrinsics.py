@@ -1,8 +1,7 @@
 """Calls of TIRx and of the `T.cuda` namespace, by operator name.
 
 An entry makes, from the compiler and the call, a function of a mask. Other modules add theirs with
-`intrinsic`, and `ptx.ptx` those of PTX. One that waits for other warps (an mbarrier) will need the
-branches of divergent code to take turns, which today run one after the other.
+`intrinsic`, and `ptx.ptx` those of PTX.
 """
 
 from collections.abc import Callable
@@ -104,10 +103,10 @@ def _(program, node):
     if not program.frames:
         raise SimulationError(f"{node} outside a loop")
     frame, machine = program.frames[-1], program.machine
-    left = frame.broken if node.op.name == "tirx.break_loop" else frame.continued
+    name = "broken" if node.op.name == "tirx.break_loop" else "continued"
 
     def code(mask):
-        left.append(mask.bits)
+        getattr(frame, name).append(mask.bits)
         machine.absent |= mask.bits
 
     return code
@@ -162,7 +161,21 @@ def _(program, node):
     return lambda mask: machine.thread.astype(np.int32)
 
 
-for _name in ("printf", "thread_fence", "nano_sleep"):
+@intrinsic("tirx.cuda.elect_sync")
+def _(program, node):
+    machine = program.machine
+
+    def code(mask):
+        """1 in the first lane that executes of each warp."""
+        elected = np.zeros(machine.size, np.uint32)
+        _, first = np.unique(machine.warp[mask.lanes], return_index=True)
+        elected[mask.lanes[first]] = 1
+        return elected
+
+    return code
+
+
+for _name in ("printf", "thread_fence", "nano_sleep", "wgmma_noop_barrier"):
     INTRINSICS[f"tirx.cuda.{_name}"] = nothing
 
 

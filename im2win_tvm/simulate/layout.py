@@ -1,5 +1,6 @@
 """Where a function's buffers lie: parameters in global memory, the rest in shared memory."""
 
+import re
 from math import prod
 from typing import Any
 
@@ -9,11 +10,17 @@ from tvm import ir, tirx
 
 from .arrays import Array, numpy_type
 from .errors import SimulationError
+from .history import log
 from .machine import Machine
-from .memory import SHARED, SPACING, Log, Region
+from .memory import SHARED, SPACING, Region
 
 # Instructions that write through an address.
-_STORES = ("tirx.ptx.st", "tirx.ptx.red", "tirx.ptx.atom", "tirx.cuda.atomic")
+_STORES = (
+    "tirx.ptx.st", "tirx.ptx.red", "tirx.ptx.atom", "tirx.cuda.atomic",
+    "tirx.ptx.cp_async_bulk_s2g", "tirx.ptx.cp_async_bulk_tensor_s2g",
+)  # fmt: skip
+_ACCESSES = ("tirx.ptx.ld", "tirx.ptx.st", "tirx.ptx.red", "tirx.ptx.atom")
+_TYPE = re.compile("[busf](8|16|32|64)")
 # Bytes that shared memory is allocated in; also the least alignment of its start.
 _UNIT = 16
 
@@ -75,7 +82,9 @@ def log_parameters(function: tirx.PrimFunc, regions: list[Region], machine: Mach
             roots[node.buffer.__chandle__()] = variable
     written = [node.buffer for node in nodes(function.body, tirx.BufferStore)]
     for call in calls(function.body, _STORES):
-        if calls(call, ("tirx.address_of",)):
+        if call.op.name == "tirx.ptx.cp_async_bulk_tensor_s2g":  # through a map of any array
+            written += list(function.params)
+        elif calls(call, ("tirx.address_of",)):
             written += [load.source for load in nodes(call, ir.TensorLoad)]
         else:  # through a pointer that might lead anywhere
             written += list(function.params)
@@ -87,7 +96,7 @@ def log_parameters(function: tirx.PrimFunc, regions: list[Region], machine: Mach
     for p, region in zip(function.params, regions, strict=True):
         if p.__chandle__() in handles:
             granule = min(numpy_type(str(p.dtype))[0].itemsize, 4)
-            region.log = Log(machine, region, -(-region.nbytes // granule), granule, False)
+            region.log = log(machine, region, -(-region.nbytes // granule), granule, False)
 
 
 def place_shared(
@@ -114,9 +123,20 @@ def place_shared(
         # A pool has no elements of its own; an attribute tells its size.
         nbytes = prod(int(n) for n in buffer.shape) * element.itemsize * vector
         end = start + (nbytes or pool)
-    touched = [node.buffer for node in nodes(function.body, tirx.BufferStore)]
-    touched += [node.source for node in nodes(function.body, ir.TensorLoad)]
-    sizes = [numpy_type(str(b.dtype))[0].itemsize for b in touched if scope(b)[:6] == "shared"]
     region.nbytes = -(-end // _UNIT) * _UNIT
-    region.log = Log(machine, region, 0, min([4, *sizes]), checked)
+    region.log = log(machine, region, 0, _granule(function), checked)
     return region, placed
+
+
+def _granule(function: tirx.PrimFunc) -> int:
+    """Bytes of the smallest access of shared memory, at most 4."""
+    touched = [node.buffer for node in nodes(function.body, tirx.BufferStore)]
+    loads = nodes(function.body, ir.TensorLoad)
+    # An address is no access: the instruction that takes it says how much it touches.
+    addressed = {c.args[0].__chandle__() for c in calls(function.body, ("tirx.address_of",))}
+    touched += [load.source for load in loads if load.__chandle__() not in addressed]
+    sizes = [numpy_type(str(b.dtype))[0].itemsize for b in touched if scope(b)[:6] == "shared"]
+    for call in calls(function.body, _ACCESSES):
+        types = [str(a.value) for a in call.args if isinstance(a, ir.StringImm)]
+        sizes += [int(t[1:]) // 8 for t in types if _TYPE.fullmatch(t)]
+    return min([4, *sizes])

@@ -53,6 +53,8 @@ class Mask:
 class Machine:
     """The threads of one group of blocks after another, and how far each block has come."""
 
+    roles = False  # whether warps may wait for each other in different branches
+
     def __init__(self, launch: Launch):
         self.launch = launch
         self.threads, self.ranks = launch.threads, launch.ranks

@@ -26,6 +26,11 @@ class Space:
     def __init__(self, machine: Machine, arrays: list[Region], shared: Region):
         self._machine, self._arrays, self.shared = machine, arrays, shared
 
+    def array(self, address: int) -> tuple[Region, int]:
+        """The array of global memory that an address lies in, and the byte of it."""
+        region = self._arrays[(address >> SPACING) - 1]
+        return region, address - region.base
+
     def locate(
         self,
         pointer: Pointer,

@@ -7,6 +7,7 @@ taken care of here. What follows the semantics of the ISA loosely says so.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from tvm.backend.cuda.ptx.table import TABLE, mods, operand_layout
 
@@ -159,10 +160,14 @@ def _(program, it):
 # --- Barriers
 
 
-@ptx("bar_sync", "barrier_sync")
+@ptx("bar_sync", "barrier_sync", "bar_sync_count", "barrier_sync_count")
+@ptx("bar_arrive", "barrier_arrive")
 def _(program, it):
-    number = program.compile(it.one("a"))
-    machine, site = program.machine, program.site
+    number, machine, site = program.compile(it.one("a")), program.machine, program.site
+    if machine.roles:
+        count = program.compile(it.one("b")) if "b" in it.operands else program.constant(None)
+        waits = it.modifiers["action"] == "sync"
+        return lambda mask: machine.named_barrier(mask, number(mask), count(mask), site, waits)
     _unless(hasattr(number, "value"), it)
     return lambda mask: machine.block_barrier(mask, site)
 
@@ -188,8 +193,37 @@ def _(program, it):
     return lambda mask: machine.cluster_wait(mask, site)
 
 
+@ptx("setmaxnreg")
+def _(program, it):
+    machine, site = program.machine, program.site
+
+    def code(mask):
+        # Where the warps of a warpgroup run apart, this sees but whole warps.
+        if not (mask.bits | machine.exited).all():
+            lane = int(np.flatnonzero(~(mask.bits | machine.exited))[0])
+            site.fail(machine, "setmaxnreg by a part of a warpgroup: not reached", lane)
+
+    return code if machine.roles else lambda mask: None
+
+
+@ptx("fence_mbarrier_init", "fence_proxy")
+def _(program, it):
+    machine = program.machine
+    proxy = "proxykind" in it.modifiers
+    if not machine.roles or (proxy and it.modifiers["proxykind"] != "async"):
+        return lambda mask: None
+
+    def code(mask):
+        threads = machine.number[mask.lanes]
+        machine.mbarriers.fence(threads, not proxy)
+        if proxy:
+            machine.clocks.fence(threads)
+
+    return code
+
+
 # Order of memory is taken from barriers alone; prefetches and hints change no value.
-@ptx("fence", "fence_mbarrier_init", "fence_proxy", "prefetch")
+@ptx("fence", "prefetch")
 @ptx("createpolicy_fractional", "createpolicy_fraction", "createpolicy_range")
 def _(program, it):
     return lambda mask: None
@@ -298,6 +332,46 @@ _arithmetic(("sub",), lambda x, y: x - y)
 _arithmetic(("mul", "mul_int"), lambda x, y: x * y)
 _arithmetic(("fma", "mad_f"), fused)
 _arithmetic(("mad_int",), lambda x, y, z: x * y + z)
+
+
+@ptx("cvt_f16x2_f32", "cvt_bf16x2_f32")
+def _(program, it):
+    """Two float32 rounded to halves of a register: `a` is the upper one."""
+    plain = it.modifiers["rnd"] == "rn" and not any(map(it.modifiers.get, ("relu", "satfinite")))
+    _unless(plain, it)
+    to = np.float16 if it.modifiers["dtype"] == "f16x2" else ml_dtypes.bfloat16
+    store, dtype = program.target(it.one("d")), dtype_of(it.one("d"))
+    upper, lower = program.compile(it.one("a")), program.compile(it.one("b"))
+
+    def code(mask):
+        high, low = (
+            np.asarray(half(mask), np.float32).astype(to).view(np.uint16).astype(np.uint32)
+            for half in (upper, lower)
+        )
+        store(np.broadcast_to(high << np.uint32(16) | low, (program.machine.size,)).astype(dtype),
+              mask)  # fmt: skip
+
+    return code
+
+
+@ptx("elect_sync")
+def _(program, it):
+    elected = INTRINSICS["tirx.cuda.elect_sync"](program, it.node)
+    machine = program.machine
+    target, lane = it.one("p"), it.one("d")
+    store = program.target(target)
+    store_lane = None if lane is None else program.target(lane)
+
+    def code(mask):
+        chosen = elected(mask)
+        store(chosen, mask)
+        if store_lane is not None:
+            leader = np.zeros(machine.size, np.uint32)
+            for first in np.flatnonzero(chosen):
+                leader[machine.warp == machine.warp[first]] = machine.thread[first] % 32
+            store_lane(leader, mask)
+
+    return code
 
 
 @ptx("mov")

@@ -24,6 +24,10 @@ class _Frame:
     """A loop: the lanes that left it, and those that left the current pass through its body."""
 
     def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        """No lane left it."""
         self.broken: list[np.ndarray] = []
         self.continued: list[np.ndarray] = []
 
@@ -39,6 +43,10 @@ class Statements(Accesses):
     def __init__(self):
         self.env: list[Any] = []
         self.frames: list[_Frame] = []  # of the loops around the statement being compiled
+        # What coroutines keep apart: values of all loops, and all local arrays.
+        self.loops: list[_Frame] = []
+        self.registers: list[Registers] = []
+        self.maps: dict[int, Any] = {}  # tensor maps, by variable
         self.pointers: dict[int, Pointer] = {}
         self._slots: dict[int, int] = {}
         self._loops: tuple[tuple[str, int], ...] = ()
@@ -116,7 +124,13 @@ class Statements(Accesses):
         def code(mask):
             env[slot] = value(mask)
 
-        return code
+        def uniform(mask):  # scalars are faster, and lanes of a warpgroup often agree
+            held = value(mask)
+            if type(held) is np.ndarray and held.ndim == 1 and held.dtype.kind in "iu":
+                held = _agreed(held, mask)
+            env[slot] = held
+
+        return uniform if self.machine.roles else code
 
     def _bufferstore(self, node) -> Code:
         site = self._here(node)
@@ -146,6 +160,7 @@ class Statements(Accesses):
         dtype, vector = numpy_type(str(buffer.dtype))
         rows = prod(int(n) for n in buffer.shape) * vector
         registers = Registers(self.machine, buffer.name, dtype, rows, self.checked)
+        self.registers.append(registers)
         self.arrays[buffer.__chandle__()] = array_of(self.machine, buffer, registers, 0)
         return lambda mask: registers.reset()
 
@@ -267,6 +282,7 @@ class Statements(Accesses):
     def _loop_body(self, body, loop) -> tuple[Code, Callable]:
         """The code of a loop's body, and what ends each pass (and, with None, the loop)."""
         frame, machine, leaving = _Frame(), self.machine, self.leaving
+        self.loops.append(frame)
         outer = self._loops
         self.frames.append(frame)
         self._loops = outer if loop is None else (*outer, loop)
