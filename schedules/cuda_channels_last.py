@@ -1,4 +1,4 @@
-"""What tensor cores read where x is not NHWC with whole vectors of channels a group: a copy that is.
+"""What tensor cores read where x is not NHWC in whole vectors of channels: a copy that is.
 
 A vector is 16 bytes: eights of channels of 16 bits, fours of 32.
 """

@@ -14,8 +14,8 @@ from ..epilogue import Epilogue
 from ..expr import finish, gemm_sizes, window_position
 from ..problem import ConvProblem
 from .base import ALIGNMENT
-from .cuda_elementwise import elementwise
 from .cuda_channels_last import is_needed, padded_channels, shape
+from .cuda_elementwise import elementwise
 from .cuda_mma_tiles import (
     CHUNK,
     GROUP,

@@ -85,7 +85,9 @@ class CudaWindow(Schedule):
         if c.dense and c.images and c.tile_n != ATOM_ROWS:
             return f"tile_n={c.tile_n}: with dense=True and images=True it has to be {ATOM_ROWS}"
         if c.piece_n > 256:
-            return f"tile_n={c.tile_n}, tile_h={c.tile_h}, tile_w={c.tile_w}: more than 256 a matrix"
+            return (
+                f"tile_n={c.tile_n}, tile_h={c.tile_h}, tile_w={c.tile_w}: more than 256 a matrix"
+            )
         if c.turns and (c.along_m, c.along_p, c.split) != (1, 1, 1):
             return "turns=True: along_m, along_p and split have to be 1"
         if c.consumers > 4:
@@ -109,7 +111,10 @@ class CudaWindow(Schedule):
         # Above the block's own limit even one block is too much.
         taken = c.blocks * (g.shared_bytes + SYSTEM_BYTES)
         if g.shared_bytes > BLOCK_BYTES or taken > MULTIPROCESSOR_BYTES:
-            return f"pixel_stages={c.pixel_stages}: {taken} bytes of {MULTIPROCESSOR_BYTES}, shared memory"
+            return (
+                f"pixel_stages={c.pixel_stages}: {taken} bytes of {MULTIPROCESSOR_BYTES}, "
+                "shared memory"
+            )
         if g.groups * g.m_tiles * g.filter_tiles * g.filter_bytes >= MAX_ELEMENTS * 2:
             return f"along_m={c.along_m}: in whole tiles the filter has 2**32 bytes or more"
         return None
@@ -141,7 +146,9 @@ class CudaWindow(Schedule):
 
 def folded(problem: ConvProblem) -> ConvProblem:
     """The same outputs in the same order, of one long row of pixels where windows are pixels."""
-    pointwise = problem.kernel_size == problem.stride == (1, 1) and not any(map(any, problem.padding))
+    pointwise = problem.kernel_size == problem.stride == (1, 1) and not any(
+        map(any, problem.padding)
+    )
     if not pointwise or not problem.channels_last:
         return problem
     height, width = problem.input_size

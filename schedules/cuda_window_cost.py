@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from math import prod
 
 from ..problem import ConvProblem
 from ..target import CudaTarget
@@ -41,10 +42,13 @@ def _tiles(problem: ConvProblem) -> Iterator[tuple[int, int, int, bool]]:
     for eight in range(1, min(eights, 32) + 1):
         if _evenly(eights, eight) or eight in (8, 16, 24, 32):
             yield 1, 1, eight * 8, False
-    for n in (8, 16, 32, 64, 128):
+    # In NCHW the outputs of neighbouring images lie far apart.
+    for n in (8, 16, 32, 64, 128) if problem.channels_last else ():
         if n > max(8, problem.batch):
             break
-        for w, h in itertools.product(range(1, min(columns, 256 // n) + 1), range(1, min(rows, 4) + 1)):
+        for w, h in itertools.product(
+            range(1, min(columns, 256 // n) + 1), range(1, min(rows, 4) + 1)
+        ):
             if n * w * h <= 256 and _evenly(columns, w):
                 yield n, h, w, True
 
@@ -88,44 +92,61 @@ def _staged(g: Geometry) -> Iterator[Config]:
                 yield Config(**fields | dict(filter_stages=filters, split=split))
 
 
-# Of one multiprocessor, fitted to measurements on an H100: bytes a cycle from the L2 cache, and how
-# many times as long a copy in steps takes; cycles from asking for a patch, or for a tile of the
-# filter, to having it; cycles of storing 64 x 8 outputs, of a tile, of a tap, of adding up over a
-# cluster, and of a launch.
-_ARRIVING, _STEPPED = 30.0, 1.5
-_PATCH, _FILTER = 1150.0, 1100.0
-_STORE, _TILE, _TAP, _CLUSTER, _LAUNCH = 100.0, 1000.0, 10.0, 6000.0, 5000.0
-# Bytes a cycle that wgmma reads from shared memory, and those of DRAM for each multiprocessor.
-_READ, _DRAM = 128.0, 12.0
+# Fitted to 622 measurements on an H100, cycles at _CLOCK GHz. Of one multiprocessor: bytes a cycle
+# from the L2 cache, and how much longer a copy in steps takes than what it brings; of asking for a
+# patch, or for a tile of the filter, to having it; of storing 64 x 8 outputs, of a tile, of adding
+# up over a cluster, of a launch; of a wgmma beside its pixels, and the least of a tap.
+_ARRIVING, _STEPPED = 45.0, 1.2
+_PATCH, _FILTER = 1780.0, 1015.0
+_STORE, _TILE, _CLUSTER, _LAUNCH = 35.0, 333.0, 12200.0, 8200.0
+_WGMMA, _TAP = 4.4, 188.0
+_CLOCK = 1.72
+# Bytes a cycle of DRAM, of all multiprocessors.
+_DRAM = 2707.0 / _CLOCK
+# Of things that go on side by side the longest counts, and the others a little.
+_NORM = 5.2
 
 
 def cycles(g: Geometry, grid: int, target: CudaTarget) -> float:
     """Of the busiest multiprocessor: products, copies, and stores that nothing hides."""
     c = g.config
-    share = 1 / c.split
-    steps = (g.channel_rows - 1) * (ROW_BYTES // WGMMA_K_BYTES) + g.last_steps
-    product = max(c.piece_n / 2, (64 + c.piece_n) * WGMMA_K_BYTES / _READ)
-    taps = len(g.order)
+    k_rows = g.channel_rows
+    steps = k_rows - 1 + g.last_steps / (ROW_BYTES // WGMMA_K_BYTES)
+    steps *= ROW_BYTES // WGMMA_K_BYTES / k_rows  # of a tap, over a row of channels
     together = 1 if c.turns else c.consumers  # warpgroups at work on a tile
-    tensor = taps * (c.pieces * steps * product * together + g.channel_rows * _TAP) * share
-    patches = g.copies * share
-    filters = g.filter_tiles * share if c.filter_stages else 0
-    stepped = _STEPPED if max(g.class_h, g.class_w) > 1 else 1
-    arriving = (patches * g.patch_bytes * stepped + filters * g.filter_bytes) / _ARRIVING
-    waiting = max(
-        patches * _PATCH / (c.pixel_stages - 1), filters * _FILTER / max(1, g.filter_stages - 1)
+    alone = max(c.pieces * steps * (c.piece_n / 2 + _WGMMA) * together, _TAP)
+    tap = alone * c.blocks
+    taps, patches = g.filter_tiles / c.split, g.copies / c.split
+    patch = g.patch_bytes * (_STEPPED if g.class_w > 1 else 1) * c.blocks / _ARRIVING
+    weights = g.filter_bytes * c.blocks / _ARRIVING if c.filter_stages else 0
+    # A stage is taken from when its copy is asked for until one tap after its last.
+    held = _PATCH + 0.4 * patch + (taps / patches + 1) * tap
+    held_weights = _FILTER + 2 * tap if c.filter_stages else 0
+    product = _together(
+        taps * tap,
+        patches * patch + taps * weights,
+        patches * held / c.pixel_stages,
+        taps * held_weights / g.filter_stages,
     )
     store = c.pixels / 8 * _STORE + _TILE + (_CLUSTER if c.split > 1 else 0)
-    if c.turns:
-        each = max(tensor, arriving, waiting, (tensor + store) / 2)
-    elif c.blocks > 1:
-        each = max(c.blocks * tensor, c.blocks * arriving, waiting, tensor + store)
+    hidden = c.turns or c.blocks > 1
+    if hidden:
+        each = max(product, (taps * alone + store) / (2 if c.turns else 1))
     else:
-        each = max(tensor, arriving, waiting) + store
-    each += 0.05 * waiting  # of two that are equal, the one with more under way
+        each = product + store
     waves = -(-g.tiles // grid)
     if c.split > 1:
         waves = -(-g.tiles // max(1, target.multiprocessors * c.blocks // c.split))
-    hidden = store if c.turns or c.blocks > 1 else 0
-    moved = g.problem.min_bytes / target.multiprocessors / _DRAM
-    return _LAUNCH + max(waves * each + hidden, moved)
+    busy = _LAUNCH + waves * each + (store if hidden else 0)
+    return _together(busy, _moved(g) / _DRAM + _LAUNCH)
+
+
+def _together(*parts: float) -> float:
+    return sum(part**_NORM for part in parts) ** (1 / _NORM)
+
+
+def _moved(g: Geometry) -> float:
+    """Bytes that have to be moved; a stride may leave out pixels of the input."""
+    p = g.problem
+    read = min(1, g.taps_h / g.stride_h) * min(1, g.taps_w / g.stride_w)
+    return p.min_bytes - (1 - read) * prod(p.input_shape) * p.itemsize

@@ -4,7 +4,6 @@ from tvm import te, tirx
 
 from ..problem import ConvProblem
 from .cuda_elementwise import elementwise
-from .cuda_window_store import is_staged
 from .cuda_window_tiles import Config, Geometry
 from .hopper import ATOM_ROWS, ROW_BYTES
 
@@ -47,7 +46,7 @@ def packed_tiles(g: Geometry) -> tuple[int, ...]:
 
 def channel_of_row(g: Geometry, row):
     """The output channel of a row of a tile; see `cuda_window_store` for why they may differ."""
-    if is_staged(g):
+    if g.staged:
         return row
     return row // 16 * 16 + row % 8 * 2 + row % 16 // 8
 
@@ -64,7 +63,7 @@ def _tap(g: Geometry, index):
 
 
 def _rounded(value):
-    """To the 10 bits of mantissa that tf32 keeps, halves away from zero; Inf and NaN as they are."""
+    """To the 10 bits that tf32 keeps, halves away from zero; Inf and NaN as they are."""
     bits = tirx.reinterpret("uint32", value)
     kept = (bits + tirx.const(1 << 12, "uint32")) & tirx.const(0xFFFFE000, "uint32")
     special = (bits & tirx.const(0x7F800000, "uint32")) == tirx.const(0x7F800000, "uint32")

@@ -1,7 +1,6 @@
 """The kernel of `cuda_window`, in TIRx: who copies, who multiplies, and what they wait for."""
 
 # The bodies below are parsed as TIRx: their names are variables of the kernel, not of Python.
-# ruff: noqa: F823, F841
 
 import math
 
@@ -15,135 +14,43 @@ from ..problem import ConvProblem
 from .base import ALIGNMENT
 from .cuda_channels_last import is_needed, shape
 from .cuda_window_filter import packed_tiles
-from .cuda_window_store import Store, is_staged
-from .cuda_window_tiles import STAGED_PIXELS, Config, Geometry
+from .cuda_window_store import Store
+from .cuda_window_tiles import Config, Geometry
+from .cuda_window_walk import Taps, Tile
 from .hopper import (
     ROW_BYTES,
     WARPGROUP,
     WGMMA_K_BYTES,
     WGMMA_M,
+    ClusterSum,
     Position,
     Ring,
+    meet_cluster,
     registers,
     rows,
     wgmma,
 )
 
 
-@T.meta_class
-class Tile:
-    """Where the outputs of a block, then of a warpgroup, begin."""
-
-    def __init__(self, geometry: Geometry):
-        self.geometry = geometry
-        for name in ("filter", "group", "m", "n", "h", "w"):
-            setattr(self, name, T.local_scalar("int32"))
-
-    @T.inline
-    def find(self, number):
-        """Tiles that differ in their channels alone are neighbours: they read the same input."""
-        g = T.meta_var(self.geometry)
-        self.filter = number % (g.groups * g.m_tiles)
-        self.group = self.filter // g.m_tiles
-        self.m = self.filter % g.m_tiles * g.config.block_m
-        rest: T.let = number // (g.groups * g.m_tiles)
-        self.w = rest % g.w_tiles * g.block_w
-        self.h = rest // g.w_tiles % g.h_tiles * g.block_h
-        self.n = rest // (g.w_tiles * g.h_tiles) * g.block_n
-
-    @T.inline
-    def narrow(self, along_m, along_p):
-        """To the part of one warpgroup."""
-        c = T.meta_var(self.geometry.config)
-        self.m = self.m + along_m * WGMMA_M
-        if c.columns_apart:
-            self.w = self.w + along_p * c.tile_w
-        else:
-            self.h = self.h + along_p * c.tile_h
-
-
-@T.meta_class
-class Taps:
-    """The taps that a copy of the input serves, from copy to copy; see Geometry for the classes."""
-
-    def __init__(self, geometry: Geometry):
-        self.geometry = geometry
-        for name in ("channels", "class_h", "class_w", "first_h", "first_w"):
-            setattr(self, name, T.local_scalar("int32"))
-
-    @T.inline
-    def start(self):
-        self.channels = 0
-        self.class_h = 0
-        self.class_w = 0
-        self.first_h = 0
-        self.first_w = 0
-
-    def _of_class(self, taps, stride, number):
-        return (taps - number + stride - 1) // stride
-
-    @property
-    def rows(self):
-        """Rows of taps that the copy serves."""
-        g = self.geometry
-        return self._of_class(g.taps_h, g.class_h, self.class_h) if g.copy_h > 1 else 1
-
-    @property
-    def columns(self):
-        """Columns of taps that the copy serves."""
-        g = self.geometry
-        return self._of_class(g.taps_w, g.class_w, self.class_w) if g.copy_w > 1 else 1
-
-    @T.inline
-    def advance(self):
-        g = T.meta_var(self.geometry)
-        self.first_w = self.first_w + g.copy_w
-        if self.first_w >= self._of_class(g.taps_w, g.class_w, self.class_w):
-            self.first_w = 0
-            self.first_h = self.first_h + g.copy_h
-            if self.first_h >= self._of_class(g.taps_h, g.class_h, self.class_h):
-                self.first_h = 0
-                self.class_w = self.class_w + 1
-                if self.class_w == g.classes_w:
-                    self.class_w = 0
-                    self.class_h = self.class_h + 1
-                    if self.class_h == g.classes_h:
-                        self.class_h = 0
-                        self.channels = self.channels + 1
-
-    def box(self, tile):
-        """Coordinates of the patch of a tile, innermost axis first; negative ones are padding."""
-        g = self.geometry
-        (top, _), (left, _) = g.problem.padding
-        h = tile.h * g.stride_h + (self.class_h + self.first_h * g.class_h) * g.step_h - top
-        w = tile.w * g.stride_w + (self.class_w + self.first_w * g.class_w) * g.step_w - left
-        pixel = (tile.n, w, h) if g.config.images else (w, h, tile.n)
-        return (self.channels * g.row_channels, tile.group, *pixel)
-
-
-def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, whole: ConvProblem, grid: int):
+def convolve(
+    problem: ConvProblem, config: Config, epilogue: Epilogue, whole: ConvProblem, grid: int
+):
     """x (or its copy `nhwc`), packed filter (and bias, residual) -> y.
 
     problem: as the kernel walks through it; whole: as the caller's arrays are shaped. grid: blocks
     that are launched (of a split K, clusters), each of which takes every grid-th tile.
     """
     g, c = Geometry(problem, config), config
-    DTYPE, copied = problem.dtype, is_needed(whole)
-    inputs, outputs = math.prod(shape(whole)), math.prod(whole.output_shape)
-    packed_shape, FILTER = packed_tiles(g), g.filter_bytes // problem.itemsize
-    THREADS, CONSUMERS, SPLIT = c.threads, c.consumers, c.split
-    REGISTERS = registers(CONSUMERS, c.blocks)
-    GRID, TILES = grid, g.tiles
+    DTYPE = problem.dtype
+    outputs, packed_shape = math.prod(whole.output_shape), packed_tiles(g)
+    CONSUMERS, SPLIT, GRID, TILES = c.consumers, c.split, grid, g.tiles
+    COPIES, FILTER_TILES, FILTER = g.copies, g.filter_tiles, math.prod(packed_shape[1:])
+    MAP, REGISTERS = g.tensor_map, registers(CONSUMERS, c.blocks)
     RESIDENT = c.filter_stages == 0
     GROUPS = c.pixels // 8  # eights of pixels of a warpgroup
-    SHARE = -(-GROUPS // SPLIT)  # of them, those that one block of a cluster stores
     STEPS = ROW_BYTES // WGMMA_K_BYTES
-    RAGGED = g.last_steps < STEPS
     # Warps that read a stage: of all consumers, or with turns of the one whose turn it is.
     READERS = 4 if c.turns else 4 * CONSUMERS
-    MAP = g.tensor_map
-    COPIES, FILTER_TILES = g.copies, g.filter_tiles
-    OUT_BYTES = c.sums * 4 * WARPGROUP
 
     # fmt: off
     @T.prim_func
@@ -163,7 +70,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, whole: Co
         else:
             rank = T.meta_var(0)
         block = T.cta_id([GRID * SPLIT])
-        thread = T.thread_id([THREADS])
+        thread = T.thread_id([c.threads])
         # The same in all lanes of a warp, and the compiler shall know.
         warpgroup: T.let = T.tvm_warp_shuffle(T.uint32(0xFFFFFFFF), thread // WARPGROUP, 0, 32, 32)
         packed_flat = T.decl_buffer((math.prod(packed_shape),), DTYPE, data=packed.data)
@@ -173,10 +80,12 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, whole: Co
         else:
             residual_flat = T.meta_var(None)
 
+        # 1. Shared memory: patches of the input, tiles of the filter, outputs on their way.
         pool = T.SMEMPool()
         pixels = Ring(pool, c.pixel_stages, g.stage_bytes, READERS)
         filters = Ring(pool, g.filter_stages, g.filter_bytes, READERS)
-        staging = pool.alloc((CONSUMERS * 2 * STAGED_PIXELS * WGMMA_M,), DTYPE, align=1024)
+        staging = pool.alloc(
+            (max(1, CONSUMERS * g.staging_bytes // problem.itemsize),), DTYPE, align=16)
         pixels.place_barriers(pool)
         filters.place_barriers(pool)
         turn = pool.alloc((2,), "uint64", align=8)
@@ -190,11 +99,8 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, whole: Co
             T.ptx.fence.proxy.async_.shared__cta()
         T.cuda.cta_sync()
 
-        @T.inline
-        def meet_cluster():
-            T.ptx["barrier.cluster.arrive.release"]()
-            T.ptx["barrier.cluster.wait.acquire"]()
-
+        # 2. Where everybody begins: with this block's first tile, and of its copies with the share
+        #    that falls to this block of a cluster.
         tile = Tile(g)
         taps = Taps(g)
         pixels_at = Position(pixels.stages)
@@ -203,49 +109,41 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, whole: Co
         filters_at.start()
         taps.start()
         number: T.int32 = block // SPLIT
-        # Of the copies of a tile, those of this block of a cluster.
         first_copy: T.let = rank * COPIES // SPLIT
-        last_copy: T.let = (rank + 1) * COPIES // SPLIT
-        skipped: T.int32 = 0  # tiles of the filter before them
+        copies: T.let = (rank + 1) * COPIES // SPLIT - first_copy
         if SPLIT > 1:
-            for _ in T.serial(first_copy):
-                skipped = skipped + taps.rows * taps.columns
-                taps.advance()
-        mine: T.int32 = 0
+            taps.take(first_copy)
+        first_filter: T.let = taps.passed
 
         if warpgroup == 0:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](REGISTERS.producer)
-            # 1. One thread brings the patches of the input,
+            # 3. One thread brings the patches of the input,
             if thread == 0:
                 while number < TILES:
                     tile.find(number)
-                    for _ in T.serial(last_copy - first_copy):
+                    for _ in T.serial(copies):
                         pixels.expect(pixels_at, g.patch_bytes)
                         pixels.copy_box(pixels_at, x_map, taps.box(tile))
                         pixels_at.advance()
                         taps.advance()
                     taps.channels = 0
                     number = number + GRID
-            # 2. another one the tiles of the filter, each for as many taps as there is room.
+            # 4. another one the tiles of the filter, both as far ahead as there is room.
             if thread == 32:
                 if SPLIT > 1:
-                    mine = 0
-                    for _ in T.serial(last_copy - first_copy):
-                        mine = mine + taps.rows * taps.columns
-                        taps.advance()
+                    taps.take(copies)
                 else:
-                    mine = FILTER_TILES
+                    taps.passed = FILTER_TILES
                 while number < TILES:
                     tile.find(number)
-                    for t in T.serial(mine):
+                    for t in T.serial(taps.passed - first_filter):
                         filters.expect(filters_at, g.filter_bytes)
                         filters.copy(
-                            filters_at,
-                            packed_flat.ptr_to([((tile.filter * FILTER_TILES + skipped + t)
-                                                 * FILTER)]),
+                            filters_at, packed_flat.ptr_to(
+                                [(tile.filter * FILTER_TILES + first_filter + t) * FILTER]),
                             g.filter_bytes)
                         filters_at.advance()
-                    # A filter that stays is the same for all tiles of a block: see the schedule.
+                    # A filter that stays is that of all tiles of the block (see the schedule).
                     number = TILES if RESIDENT else number + GRID
             if SPLIT > 1:
                 meet_cluster()
@@ -266,17 +164,16 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, whole: Co
             filters_read = Position(filters.stages)
             pixels_read.start()
             filters_read.start()
-            my_turn: T.int32 = 1
-            done: T.int32 = 0
-            if c.turns:
-                number = number + consumer * GRID
-                if consumer == 1:
-                    pixels_at.skip(COPIES)
-                    pixels_read.skip(COPIES)
-                    if not RESIDENT:
-                        filters_at.skip(FILTER_TILES)
-                        filters_read.skip(FILTER_TILES)
-                    my_turn = 0
+            done: T.int32 = 0  # products of the tile
+
+            @T.inline
+            def skip_tile():
+                # What the other warpgroup takes in its turn.
+                pixels_at.skip(COPIES)
+                pixels_read.skip(COPIES)
+                if not RESIDENT:
+                    filters_at.skip(FILTER_TILES)
+                    filters_read.skip(FILTER_TILES)
 
             @T.inline
             def multiply(u, v, row_steps):
@@ -285,7 +182,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, whole: Co
                                                   + rows(u * g.tap_row + v * g.tap_column))
                 weights: T.let = filter_view + T.Cast(
                     "uint64", filters_at.stage * filters.stage_step)
-                # Sums that a product yet to be waited for writes are not to be touched meanwhile.
+                # Nobody touches the sums before the products that write them are waited for.
                 T.ptx.wgmma.fence.sync.aligned()
                 for k in T.unroll(row_steps):
                     for q in T.unroll(c.pieces):
@@ -295,6 +192,12 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, whole: Co
                               T.Or(done > 0, k > 0))
                 T.ptx.wgmma.commit_group.sync.aligned()
 
+            my_turn: T.int32 = 1  # the first one's is not waited for
+            if c.turns:
+                if consumer == 1:
+                    my_turn = 0
+                    number = number + GRID
+                    skip_tile()
             while number < TILES:
                 tile.find(number)
                 tile.narrow(along_m, along_p)
@@ -305,13 +208,13 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, whole: Co
                     # The other warpgroup has given its last product to the tensor cores.
                     T.cuda.mbarrier_wait(turn.ptr_to([consumer]), my_turn)
                     my_turn = my_turn ^ 1
-                # 3. Products: a tap is a shifted view of the patch.
-                for copy in T.serial(last_copy - first_copy):
+                # 5. Products: a tap is a shifted view of the patch.
+                for copy in T.serial(copies):
                     pixels.wait(pixels_at)
                     for u in T.serial(taps.rows):
                         for v in T.serial(taps.columns):
                             filters.wait(filters_at)
-                            if RAGGED:
+                            if g.last_steps < STEPS:
                                 if taps.channels == g.channel_rows - 1:
                                     multiply(u, v, g.last_steps)
                                 else:
@@ -344,55 +247,30 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, whole: Co
                 pixels.release(pixels_read, lane)
                 pixels_read.advance()
                 if c.turns:
-                    pixels_at.skip(COPIES)
-                    pixels_read.skip(COPIES)
-                    if not RESIDENT:
-                        filters_at.skip(FILTER_TILES)
-                        filters_read.skip(FILTER_TILES)
-                # 4. Outputs.
+                    skip_tile()
+                # 6. Outputs.
                 if SPLIT == 1:
                     store.run(tile, local, sums, 0, GROUPS)
                 number = number + GRID * (2 if c.turns else 1)
             if SPLIT > 1:
-                # The blocks of a cluster leave their sums where the rings were; each adds up and
-                # stores a share of the pixels, always in the same order.
-                parts = T.decl_buffer((CONSUMERS * GROUPS * WARPGROUP * 4,), "float32",
-                                      data=pixels.data.data)
+                # The sums of a cluster's blocks meet where the rings were.
+                cluster = ClusterSum(pixels.data.data, SPLIT, CONSUMERS * WARPGROUP, GROUPS)
+                # The last of this block's consumers has read its operands.
                 T.ptx.bar.sync(T.uint32(15), T.uint32(CONSUMERS * WARPGROUP))
-                for j in T.unroll(GROUPS):
-                    for e in T.vectorized(4):
-                        parts[((consumer * GROUPS + j) * WARPGROUP + local) * 4 + e] = sums[
-                            j * 4 + e]
+                cluster.leave(thread - WARPGROUP, sums)
                 meet_cluster()
-                total = T.alloc_local((SHARE * 4,), "float32")
-                part = T.alloc_local((4,), "float32")
-                address: T.uint32 = T.uint32(0)
-                for j in T.unroll(SHARE):
-                    for e in T.unroll(4):
-                        total[j * 4 + e] = T.float32(0)
-                    if rank * SHARE + j < GROUPS:
-                        for other in T.unroll(SPLIT):
-                            T.ptx["mapa.shared::cluster.u32"](
-                                address,
-                                T.cuda.cvta_generic_to_shared(parts.ptr_to(
-                                    [((consumer * GROUPS + rank * SHARE + j) * WARPGROUP + local)
-                                     * 4])),
-                                T.uint32(other))
-                            T.ptx["ld.shared::cluster.v4.f32"](
-                                part[0], part[1], part[2], part[3], address)
-                            for e in T.unroll(4):
-                                total[j * 4 + e] = total[j * 4 + e] + part[e]
+                cluster.collect(thread - WARPGROUP, rank)
                 # Nobody leaves while another one still reads its sums.
                 meet_cluster()
-                store.run(tile, local, total, rank * SHARE, SHARE)
+                store.run(tile, local, cluster.total, rank * cluster.share, cluster.share)
     # fmt: on
 
     x = function.params[0]
+    copied = is_needed(whole)
     source = tirx.decl_buffer(x.shape, x.dtype, "nhwc") if copied else x
     body = tvm_ffi.structural_map(function.body, (Var, lambda v: source if v.same_as(x) else v))
     unused = ("" if epilogue.bias else "bias", "" if epilogue.residual else "residual")
     parameters = [source, *(p for p in function.params[1:] if p.name not in unused)]
     function = tirx.PrimFunc(parameters, body, function.ret_type, function.attrs)
-    vectors = ({} if copied else {"x": 16}) | (
-        {"y": 16, "residual": 16} if is_staged(g) else {})
+    vectors = {"y": g.alignment, "residual": g.alignment} | ({} if copied else {"x": 16})
     return function.with_attr(ALIGNMENT, vectors)

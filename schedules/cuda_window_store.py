@@ -6,15 +6,13 @@ leave as whole runs of 64 channels; others go straight from registers.
 """
 
 # Bodies of inline functions are parsed as TIRx: their names are variables of the kernel.
-# ruff: noqa: F841
 
-from tvm import tirx
 from tvm.script import tirx as T
 
 from ..epilogue import Epilogue
 from ..expr import finish
 from .cuda_window_tiles import STAGED_PIXELS, Geometry
-from .hopper import ATOM_BYTES, WARPGROUP, WGMMA_M
+from .hopper import WARPGROUP, WGMMA_M
 
 # Halves of a 128-bit vector, and vectors of a pixel's 64 channels.
 VECTOR = 8
@@ -23,10 +21,14 @@ VECTORS = WGMMA_M // VECTOR
 EACH = STAGED_PIXELS // 8
 
 
-def is_staged(geometry: Geometry) -> bool:
-    """Whether outputs go through shared memory: 16 bits each, vectors of them aligned."""
-    p = geometry.problem
-    return p.itemsize == 2 and p.channels_last and geometry.per_group % VECTOR == 0
+class _At:
+    """One element of an array as an array of one, for `finish`."""
+
+    def __init__(self, array, index):
+        self._array, self._index = array, index
+
+    def __getitem__(self, _index):
+        return self._array[self._index]
 
 
 @T.meta_class
@@ -34,7 +36,7 @@ class Store:
     """Bias, residual, activation, rounding, and the way to y, of one warpgroup."""
 
     def __init__(self, geometry: Geometry, epilogue: Epilogue, staging, warpgroup, arrays):
-        self.geometry, self.epilogue, self.staged = geometry, epilogue, is_staged(geometry)
+        self.geometry, self.epilogue, self.staged = geometry, epilogue, geometry.staged
         problem = geometry.problem
         self.per_group, self.channels = geometry.per_group, problem.out_channels
         self.plane = geometry.rows * geometry.columns
@@ -92,27 +94,58 @@ class Store:
 
     @T.inline
     def direct(self, tile, thread, sums, first, groups):
-        """Eights of pixels from `first` on, two channels of a pixel at a time."""
+        """Eights of pixels from `first` on, straight from registers, two outputs at a time."""
         out = T.alloc_local((2,), self.geometry.problem.dtype)
-        extra = T.alloc_local((1,), self.geometry.problem.dtype)
+        extra = T.alloc_local((2,), self.geometry.problem.dtype)
         self.load_bias(tile, thread)
         m: T.let = tile.m + self.channel_of(thread, 0)
         channel: T.let = tile.group * self.per_group + m
+        apart = T.meta_var(1 if self.geometry.problem.channels_last else self.plane)
         for j in T.unroll(groups):
-            for e in T.unroll(2):
-                column = T.meta_var((first + j) * 8 + thread % 4 * 2 + e)
+            if self.geometry.pairs == "channels":
+                for e in T.unroll(2):
+                    column = T.meta_var((first + j) * 8 + thread % 4 * 2 + e)
+                    n, pixel, inside = T.meta_var(self.place(tile, column))
+                    if T.And(T.And(inside, m < self.per_group),
+                             column < self.geometry.config.pixels):
+                        at: T.let = self.index(n, pixel, channel) // 2
+                        self.pair(out, extra, at, [sums[j * 4 + e], sums[j * 4 + 2 + e]], [0, 1])
+            elif self.geometry.pairs == "pixels":
+                column = T.meta_var((first + j) * 8 + thread % 4 * 2)
                 n, pixel, inside = T.meta_var(self.place(tile, column))
-                at: T.let = self.index(n, pixel, channel)
                 for half in T.unroll(2):
-                    into = T.meta_var(at + half * (1 if self.geometry.problem.channels_last
-                                                   else self.plane))
-                    if T.And(inside, T.And(m + half < self.per_group,
-                                           column < self.geometry.config.pixels)):
-                        if self.epilogue.residual:
-                            extra[0] = self.residual[into]
-                        self.y[into] = T.Cast(
-                            self.geometry.problem.dtype,
-                            self.finished(sums[j * 4 + half * 2 + e], half, extra))
+                    if T.And(T.And(inside, m + half < self.per_group),
+                             column < self.geometry.config.pixels):
+                        at: T.let = self.index(n, pixel, channel + half) // 2
+                        self.pair(out, extra, at,
+                                  [sums[j * 4 + half * 2], sums[j * 4 + half * 2 + 1]],
+                                  [half, half])
+            else:
+                for e in T.unroll(2):
+                    column = T.meta_var((first + j) * 8 + thread % 4 * 2 + e)
+                    n, pixel, inside = T.meta_var(self.place(tile, column))
+                    for half in T.unroll(2):
+                        if T.And(inside, T.And(m + half < self.per_group,
+                                               column < self.geometry.config.pixels)):
+                            into: T.let = self.index(n, pixel, channel) + half * apart
+                            if self.epilogue.residual:
+                                extra[0] = self.residual[into]
+                            self.y[into] = T.Cast(
+                                self.geometry.problem.dtype,
+                                self.finished(sums[j * 4 + half * 2 + e], half, extra))
+
+    @T.inline
+    def pair(self, out, extra, at, totals, halves):
+        """Two neighbours of y, from its element 2 at on; the sums, and the row of each."""
+        if self.epilogue.residual:
+            for i in T.vectorized(2):
+                extra[i] = self.residual[at * 2 + i]
+        out[0] = T.Cast(self.geometry.problem.dtype,
+                        self.finished(totals[0], halves[0], _At(extra, 0)))
+        out[1] = T.Cast(self.geometry.problem.dtype,
+                        self.finished(totals[1], halves[1], _At(extra, 1)))
+        for i in T.vectorized(2):
+            self.y[at * 2 + i] = out[i]
 
     def slot(self, buffer, column, vector):
         """Where staging has 16 bytes of a pixel: exchanged among its eight by the pixel's number,
@@ -152,7 +185,7 @@ class Store:
         if self.epilogue.residual:
             # The residual takes the way of the outputs backwards.
             for i in T.unroll(-(-groups * 8 * VECTORS // WARPGROUP)):
-                self.move(tile, thread, buffer, first + part * EACH, groups, i, True)
+                self.fetch(tile, thread, buffer, first + part * EACH, groups, i)
             self.meet()
         for j in T.unroll(groups):
             # A lane gives the address of a row of one of two 8x8 matrices: of a pixel.
@@ -162,6 +195,8 @@ class Store:
             if self.epilogue.residual:
                 T.ptx["ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16"](
                     self.extra[0], self.extra[1], at)
+                # What the lanes have read is theirs to overwrite together.
+                T.cuda.warp_sync()
             for half in T.unroll(2):
                 T.ptx[self.pack](
                     self.words[half],
@@ -172,41 +207,46 @@ class Store:
         # Everybody's outputs are there; with two buffers the next ones need not wait.
         self.meet()
         for i in T.unroll(-(-groups * 8 * VECTORS // WARPGROUP)):
-            self.move(tile, thread, buffer, first + part * EACH, groups, i, False)
+            self.put(tile, thread, buffer, first + part * EACH, groups, i)
 
     def residual_of(self, half, e):
         """One element of what ldmatrix brought, as an array of one."""
         if not self.epilogue.residual:
             return None
-        bits = T.Cast("uint16", T.bitwise_and(T.shift_right(self.extra[half], T.uint32(16 * e)), T.uint32(0xFFFF)))
-        return _One(T.reinterpret(self.geometry.problem.dtype, bits))
+        pair = T.shift_right(self.extra[half], T.uint32(16 * e))
+        bits = T.Cast("uint16", T.bitwise_and(pair, T.uint32(0xFFFF)))
+        return _At([T.reinterpret(self.geometry.problem.dtype, bits)], 0)
+
+    def vector_at(self, tile, thread, group, i):
+        """The pixel of a thread's i-th vector, its index in y in vectors, whether y has it."""
+        column = i * (WARPGROUP // VECTORS) + thread // VECTORS
+        n, pixel, inside = self.place(tile, group * 8 + column)
+        m = tile.m + thread % VECTORS * VECTOR
+        # In vectors, so that the compiler sees the alignment.
+        at = self.index(n, pixel, tile.group * self.per_group + m) // VECTOR
+        inside = T.And(inside, m < self.per_group)
+        return column, at, T.And(inside, group * 8 + column < self.geometry.config.pixels)
 
     @T.inline
-    def move(self, tile, thread, buffer, group, count, i, load):
-        """The i-th 16 bytes of this thread between staging and y (load: from the residual)."""
-        column = T.meta_var(i * (WARPGROUP // VECTORS) + thread // VECTORS)
-        n, pixel, inside = T.meta_var(self.place(tile, group * 8 + column))
-        m: T.let = tile.m + thread % VECTORS * VECTOR
-        # In vectors, so that the compiler sees the alignment.
-        at: T.let = self.index(n, pixel, tile.group * self.per_group + m) // VECTOR
-        if T.And(T.And(inside, m < self.per_group),
-                 T.And(column < count * 8, group * 8 + column < self.geometry.config.pixels)):
-            slot = T.meta_var(self.slot(buffer, column, thread % VECTORS))
-            if load:
+    def fetch(self, tile, thread, buffer, group, groups, i):
+        """The i-th 16 bytes of this thread from the residual to staging; zeros from outside."""
+        column, at, inside = T.meta_var(self.vector_at(tile, thread, group, i))
+        if column < groups * 8:
+            for e in T.vectorized(VECTOR):
+                self.vector[e] = T.Cast(self.geometry.problem.dtype, T.float32(0))
+            if inside:
+                vector: T.let = at
                 for e in T.vectorized(VECTOR):
-                    self.vector[e] = self.residual[at * VECTOR + e]
-                for e in T.vectorized(VECTOR):
-                    self.staging[slot + e] = self.vector[e]
-            else:
-                for e in T.vectorized(VECTOR):
-                    self.y[at * VECTOR + e] = self.staging[slot + e]
+                    self.vector[e] = self.residual[vector * VECTOR + e]
+            for e in T.vectorized(VECTOR):
+                self.staging[self.slot(buffer, column, thread % VECTORS) + e] = self.vector[e]
 
-
-class _One:
-    """A value as an array of one element, for `finish`."""
-
-    def __init__(self, value):
-        self._value = value
-
-    def __getitem__(self, _index):
-        return self._value
+    @T.inline
+    def put(self, tile, thread, buffer, group, groups, i):
+        """The i-th 16 bytes of this thread from staging to y."""
+        column, at, inside = T.meta_var(self.vector_at(tile, thread, group, i))
+        if T.And(column < groups * 8, inside):
+            vector: T.let = at
+            for e in T.vectorized(VECTOR):
+                self.y[vector * VECTOR + e] = self.staging[
+                    self.slot(buffer, column, thread % VECTORS) + e]

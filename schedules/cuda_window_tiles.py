@@ -15,6 +15,10 @@ STAGED_PIXELS = 32
 BLOCK_BYTES, MULTIPROCESSOR_BYTES, SYSTEM_BYTES = 227 * 1024, 228 * 1024, 1024
 
 
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 @dataclass(frozen=True)
 class Config:
     """Tiles of warpgroups, and how they are fed.
@@ -119,7 +123,10 @@ class Geometry:
         self.classes_h = min(self.class_h, self.taps_h)
         self.classes_w = min(self.class_w, self.taps_w)
         # Taps of the largest class, and of a copy.
-        self.most_h, self.most_w = -(-self.taps_h // self.class_h), -(-self.taps_w // self.class_w)
+        self.most_h, self.most_w = (
+            _ceil(self.taps_h, self.class_h),
+            _ceil(self.taps_w, self.class_w),
+        )
         self.copy_h = self.most_h if c.taps == "window" else 1
         self.copy_w = 1 if c.taps == "tap" else self.most_w
 
@@ -146,13 +153,13 @@ class Geometry:
         self.channels = padded_channels(p)
         self.per_group = p.out_channels // p.groups
         self.row_channels = ROW_BYTES // p.itemsize
-        self.channel_rows = -(-self.channels // self.row_channels)
+        self.channel_rows = _ceil(self.channels, self.row_channels)
         last = self.channels - (self.channel_rows - 1) * self.row_channels
-        self.last_steps = -(-last * p.itemsize // WGMMA_K_BYTES)
-        self.m_tiles = -(-self.per_group // c.block_m)
-        self.n_tiles = -(-self.batch // self.block_n)
-        self.h_tiles = -(-self.rows // self.block_h)
-        self.w_tiles = -(-self.columns // self.block_w)
+        self.last_steps = _ceil(last * p.itemsize, WGMMA_K_BYTES)
+        self.m_tiles = _ceil(self.per_group, c.block_m)
+        self.n_tiles = _ceil(self.batch, self.block_n)
+        self.h_tiles = _ceil(self.rows, self.block_h)
+        self.w_tiles = _ceil(self.columns, self.block_w)
         self.tiles = p.groups * self.m_tiles * self.n_tiles * self.h_tiles * self.w_tiles
         self.filter_bytes = c.block_m * ROW_BYTES
 
@@ -167,10 +174,10 @@ class Geometry:
     def copies(self) -> int:
         """Of the input, for one tile of outputs."""
         by_class = [
-            sum(-(-(-(-(taps - r) // stride)) // each) for r in range(classes))
-            for taps, stride, classes, each in (
-                (self.taps_h, self.class_h, self.classes_h, self.copy_h),
-                (self.taps_w, self.class_w, self.classes_w, self.copy_w),
+            sum(_ceil(_ceil(taps - r, every), each) for r in range(min(every, taps)))
+            for taps, every, each in (
+                (self.taps_h, self.class_h, self.copy_h),
+                (self.taps_w, self.class_w, self.copy_w),
             )
         ]
         return self.channel_rows * prod(by_class)
@@ -188,21 +195,45 @@ class Geometry:
     @property
     def stage_bytes(self) -> int:
         """Of a copy of the input, in whole atoms."""
-        return -(-self.patch_bytes // ATOM_BYTES) * ATOM_BYTES
+        return _ceil(self.patch_bytes, ATOM_BYTES) * ATOM_BYTES
+
+    @property
+    def staged(self) -> bool:
+        """Whether outputs go through shared memory: 16 bits each, and vectors of them aligned."""
+        p = self.problem
+        return p.itemsize == 2 and p.channels_last and self.per_group % (16 // p.itemsize) == 0
+
+    @property
+    def pairs(self) -> str | None:
+        """Of what a thread holds two that are neighbours in y, and aligned: or None."""
+        if self.problem.channels_last:
+            return "channels" if self.per_group % 2 == 0 else None
+        columns = not self.config.images and self.columns % 2 == 0
+        return "pixels" if columns else None
+
+    @property
+    def alignment(self) -> int:
+        """Of y and the residual, in bytes."""
+        size = self.problem.itemsize
+        return 16 if self.staged else 2 * size if self.pairs else size
+
+    @property
+    def staging_bytes(self) -> int:
+        """Of a warpgroup's outputs on their way: two buffers."""
+        return 2 * STAGED_PIXELS * WGMMA_M * self.problem.itemsize if self.staged else 0
 
     @property
     def shared_bytes(self) -> int:
         """Of a block."""
         c = self.config
         barriers = 16 * (c.pixel_stages + self.filter_stages) + 64
-        staged = c.consumers * 2 * STAGED_PIXELS * WGMMA_M * 2
         rings = c.pixel_stages * self.stage_bytes + self.filter_stages * self.filter_bytes
-        return rings + staged + barriers
+        return rings + c.consumers * self.staging_bytes + barriers
 
     @property
     def tensor_map(self) -> TensorMap:
         """Of x: channels of a group, groups, and then images or columns first."""
-        p, size = self.problem, self.problem.itemsize
+        size = self.problem.itemsize
         pixel = self.groups * self.channels * size
         image = (self.batch, self.height * self.width * pixel, self.block_n, 1)
         row = (self.height, self.width * pixel, self.patch_h, self.class_h)

@@ -5,7 +5,6 @@ sections "mbarrier", "cp.async.bulk", "wgmma"; CUDA Driver API, cuTensorMapEncod
 """
 
 # Bodies of inline functions are parsed as TIRx.
-# ruff: noqa: F841
 
 from typing import NamedTuple
 
@@ -121,8 +120,7 @@ class Ring:
         """Wait until the stage was read, and say what is to arrive in it."""
         # A stage that nobody filled yet counts as read: the parity before the first turn's.
         T.cuda.mbarrier_wait(self.empty.ptr_to([at.stage]), at.turn ^ 1)
-        T.ptx.mbarrier.arrive.expect_tx.shared.b64(
-            self.full.ptr_to([at.stage]), T.uint32(nbytes))
+        T.ptx.mbarrier.arrive.expect_tx.shared.b64(self.full.ptr_to([at.stage]), T.uint32(nbytes))
 
     @T.inline
     def wait(self, at):
@@ -139,15 +137,21 @@ class Ring:
     def copy(self, at, source, nbytes):
         """Bytes that lie in a row."""
         T.ptx[_BULK_COPY](
-            self.data.ptr_to([at.stage * self.stage_bytes]), source, T.uint32(nbytes),
-            self.full.ptr_to([at.stage]))
+            self.data.ptr_to([at.stage * self.stage_bytes]),
+            source,
+            T.uint32(nbytes),
+            self.full.ptr_to([at.stage]),
+        )
 
     @T.inline
     def copy_box(self, at, tensor_map, coordinates):
         """A box of a tensor."""
         T.ptx[_TENSOR_COPY.format(len(coordinates))](
-            self.data.ptr_to([at.stage * self.stage_bytes]), T.address_of(tensor_map),
-            *coordinates, self.full.ptr_to([at.stage]))
+            self.data.ptr_to([at.stage * self.stage_bytes]),
+            T.address_of(tensor_map),
+            *coordinates,
+            self.full.ptr_to([at.stage]),
+        )
 
     def descriptor(self, group_rows: int, first_row):
         """wgmma's view of rows from `first_row` on, eights of them `group_rows` rows apart.
@@ -217,3 +221,57 @@ class TensorMap(NamedTuple):
             l2_promotion=_PROMOTE_128B,
             force_cu_dtype=_TFLOAT32 if dtype == "float32" else -1,
         )  # fmt: skip
+
+
+@T.meta_class
+class ClusterSum:
+    """Sums of the blocks of a cluster, each of which then has the total of a share of them.
+
+    Sums lie in fours: four of each thread side by side. They are added in the order of the blocks,
+    so that equal inputs give equal outputs.
+    """
+
+    def __init__(self, memory, blocks: int, threads: int, fours: int):
+        self.blocks, self.threads, self.fours = blocks, threads, fours
+        self.share = -(-fours // blocks)
+        self.parts = T.decl_buffer((fours * threads * 4,), "float32", data=memory)
+        self.total = T.alloc_local((self.share * 4,), "float32")
+        self.part = T.alloc_local((4,), "float32")
+        self.address = T.local_scalar("uint32")
+
+    @T.inline
+    def leave(self, thread, sums):
+        """Put this block's sums where the others can read them; nobody may need the memory."""
+        for i in T.unroll(self.fours):
+            for e in T.vectorized(4):
+                self.parts[(i * self.threads + thread) * 4 + e] = sums[i * 4 + e]
+
+    @T.inline
+    def collect(self, thread, rank):
+        """`total` becomes that of the fours from `rank * share` on. All blocks have left theirs."""
+        for i in T.unroll(self.share):
+            for e in T.unroll(4):
+                self.total[i * 4 + e] = T.float32(0)
+            if rank * self.share + i < self.fours:
+                for other in T.unroll(self.blocks):
+                    T.ptx["mapa.shared::cluster.u32"](
+                        self.address,
+                        T.cuda.cvta_generic_to_shared(
+                            self.parts.ptr_to(
+                                [((rank * self.share + i) * self.threads + thread) * 4]
+                            )
+                        ),
+                        T.uint32(other),
+                    )
+                    T.ptx["ld.shared::cluster.v4.f32"](
+                        self.part[0], self.part[1], self.part[2], self.part[3], self.address
+                    )
+                    for e in T.unroll(4):
+                        self.total[i * 4 + e] = self.total[i * 4 + e] + self.part[e]
+
+
+@T.inline
+def meet_cluster():
+    """All threads of a cluster wait for each other; what they wrote before can be read after."""
+    T.ptx["barrier.cluster.arrive.release"]()
+    T.ptx["barrier.cluster.wait.acquire"]()
