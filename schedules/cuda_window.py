@@ -125,15 +125,14 @@ class CudaWindow(Schedule):
                 yield config
 
     def default(self, problem: ConvProblem, target: CudaTarget) -> Config:
-        return min(
-            self.configs(problem, target),
-            key=lambda config: self.estimate(problem, config, target),
-            default=SMALLEST,
-        )
+        walked = folded(problem)
+        costs = {c: _cost(walked, c, target) for c in candidates(walked)}
+        # Most are valid, and a check takes longer than an estimate.
+        ranked = sorted(costs, key=costs.__getitem__)
+        return next((c for c in ranked if self.check(c, problem, target) is None), SMALLEST)
 
     def estimate(self, problem: ConvProblem, config: Config, target: CudaTarget) -> float:
-        walked = folded(problem)
-        return cycles(Geometry(walked, config), grid(walked, config, target), target)
+        return _cost(folded(problem), config, target)
 
     def schedule(self, problem, config, target, epilogue):
         walked = folded(problem)
@@ -153,6 +152,10 @@ def folded(problem: ConvProblem) -> ConvProblem:
         return problem
     height, width = problem.input_size
     return problem.replace(batch=1, input_size=(1, problem.batch * height * width))
+
+
+def _cost(walked: ConvProblem, config: Config, target: CudaTarget) -> float:
+    return cycles(Geometry(walked, config), grid(walked, config, target), target)
 
 
 def grid(problem: ConvProblem, config: Config, target: CudaTarget) -> int:

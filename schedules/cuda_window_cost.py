@@ -92,19 +92,21 @@ def _staged(g: Geometry) -> Iterator[Config]:
                 yield Config(**fields | dict(filter_stages=filters, split=split))
 
 
-# Fitted to 622 measurements on an H100, cycles at _CLOCK GHz. Of one multiprocessor: bytes a cycle
-# from the L2 cache, and how much longer a copy in steps takes than what it brings; of asking for a
-# patch, or for a tile of the filter, to having it; of storing 64 x 8 outputs, of a tile, of adding
-# up over a cluster, of a launch; of a wgmma beside its pixels, and the least of a tap.
-_ARRIVING, _STEPPED = 45.0, 1.2
-_PATCH, _FILTER = 1780.0, 1015.0
-_STORE, _TILE, _CLUSTER, _LAUNCH = 35.0, 333.0, 12200.0, 8200.0
-_WGMMA, _TAP = 4.4, 188.0
+# Fitted to 736 measurements on an H100, cycles at _CLOCK GHz. Of one multiprocessor: bytes a cycle
+# from the L2 cache, and how much longer a copy in steps takes than what it brings; cycles from
+# asking for a patch, or for a tile of the filter, to having it; of storing 64 x 8 outputs, of a
+# tile, of a launch; of adding up over a cluster, and of each pixel of it; of a wgmma beside its
+# pixels, and the least of a tap.
+_ARRIVING, _STEPPED = 44.0, 1.4
+_PATCH, _FILTER = 1730.0, 1025.0
+_STORE, _TILE, _LAUNCH = 51.0, 280.0, 8300.0
+_CLUSTER, _CLUSTER_PIXEL = 4900.0, 8.2
+_WGMMA, _TAP = 4.6, 195.0
 _CLOCK = 1.72
 # Bytes a cycle of DRAM, of all multiprocessors.
-_DRAM = 2707.0 / _CLOCK
+_DRAM = 2700.0 / _CLOCK
 # Of things that go on side by side the longest counts, and the others a little.
-_NORM = 5.2
+_NORM = 5.6
 
 
 def cycles(g: Geometry, grid: int, target: CudaTarget) -> float:
@@ -120,7 +122,7 @@ def cycles(g: Geometry, grid: int, target: CudaTarget) -> float:
     patch = g.patch_bytes * (_STEPPED if g.class_w > 1 else 1) * c.blocks / _ARRIVING
     weights = g.filter_bytes * c.blocks / _ARRIVING if c.filter_stages else 0
     # A stage is taken from when its copy is asked for until one tap after its last.
-    held = _PATCH + 0.4 * patch + (taps / patches + 1) * tap
+    held = _PATCH + 0.5 * patch + (taps / patches + 1) * tap
     held_weights = _FILTER + 2 * tap if c.filter_stages else 0
     product = _together(
         taps * tap,
@@ -128,7 +130,9 @@ def cycles(g: Geometry, grid: int, target: CudaTarget) -> float:
         patches * held / c.pixel_stages,
         taps * held_weights / g.filter_stages,
     )
-    store = c.pixels / 8 * _STORE + _TILE + (_CLUSTER if c.split > 1 else 0)
+    store = c.pixels / 8 * _STORE + _TILE
+    if c.split > 1:
+        store += _CLUSTER + _CLUSTER_PIXEL * c.pixels * c.consumers
     hidden = c.turns or c.blocks > 1
     if hidden:
         each = max(product, (taps * alone + store) / (2 if c.turns else 1))
@@ -136,7 +140,9 @@ def cycles(g: Geometry, grid: int, target: CudaTarget) -> float:
         each = product + store
     waves = -(-g.tiles // grid)
     if c.split > 1:
-        waves = -(-g.tiles // max(1, target.multiprocessors * c.blocks // c.split))
+        # Clusters of three and more leave some multiprocessors without work.
+        room = target.multiprocessors - (12 if c.split > 2 else 0)
+        waves = -(-g.tiles // max(1, room * c.blocks // c.split))
     busy = _LAUNCH + waves * each + (store if hidden else 0)
     return _together(busy, _moved(g) / _DRAM + _LAUNCH)
 

@@ -1,8 +1,8 @@
 """From the sums of a warpgroup to outputs in memory: the last step of `cuda_window`.
 
 A thread holds, of every eight pixels (columns of the product), two neighbouring ones in each of two
-channels (rows). Outputs of 16 bits in NHWC go through shared memory, which turns them round, and
-leave as whole runs of 64 channels; others go straight from registers.
+channels (rows). Outputs of 16 bits go through shared memory, which turns them round (Staging), and
+leave in long runs; others go straight from registers.
 """
 
 # Bodies of inline functions are parsed as TIRx: their names are variables of the kernel.
@@ -11,12 +11,10 @@ from tvm.script import tirx as T
 
 from ..epilogue import Epilogue
 from ..expr import finish
+from .cuda_window_staging import PIECE, Staging
 from .cuda_window_tiles import STAGED_PIXELS, Geometry
-from .hopper import WARPGROUP, WGMMA_M
+from .hopper import WARPGROUP
 
-# Halves of a 128-bit vector, and vectors of a pixel's 64 channels.
-VECTOR = 8
-VECTORS = WGMMA_M // VECTOR
 # Eights of pixels that are staged at a time.
 EACH = STAGED_PIXELS // 8
 
@@ -43,7 +41,7 @@ class Store:
         # Sums, bias and residual are added in float32, and rounded once.
         self.sum_problem = problem.replace(dtype="float32")
         self.bias, self.residual, self.y = arrays
-        self.staging, self.warpgroup = staging, warpgroup
+        self.warpgroup = warpgroup
         self.bias_of = T.alloc_local((2,), problem.dtype)
         self.pack = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}.get(
             problem.dtype
@@ -51,7 +49,8 @@ class Store:
         if self.staged:
             self.words = T.alloc_local((4,), "uint32")
             self.extra = T.alloc_local((4,), "uint32")
-            self.vector = T.alloc_local((VECTOR,), problem.dtype)
+            self.run_of = T.alloc_local((PIECE,), problem.dtype)
+            self.staging = Staging(geometry, staging, warpgroup)
 
     def place(self, tile, column):
         """Image, row and output column of a pixel of the warpgroup, and whether they are inside."""
@@ -147,12 +146,6 @@ class Store:
         for i in T.vectorized(2):
             self.y[at * 2 + i] = out[i]
 
-    def slot(self, buffer, column, vector):
-        """Where staging has 16 bytes of a pixel: exchanged among its eight by the pixel's number,
-        so that neither those who write nor those who read meet in a bank."""
-        first = (self.warpgroup * 2 + buffer) * STAGED_PIXELS
-        return (first + column) * WGMMA_M + T.bitwise_xor(vector, column % 8) * VECTOR
-
     @T.inline
     def run(self, tile, thread, sums, first, groups):
         """Store the eights of pixels from `first` on; `sums` begins with theirs."""
@@ -182,18 +175,17 @@ class Store:
         warp: T.let = thread // 32
         lane: T.let = thread % 32
         buffer = T.meta_var(part % 2)
+        staging = T.meta_var(self.staging)
         if self.epilogue.residual:
             # The residual takes the way of the outputs backwards.
-            for i in T.unroll(-(-groups * 8 * VECTORS // WARPGROUP)):
+            for i in T.unroll(staging.turns(groups)):
                 self.fetch(tile, thread, buffer, first + part * EACH, groups, i)
             self.meet()
         for j in T.unroll(groups):
-            # A lane gives the address of a row of one of two 8x8 matrices: of a pixel.
-            at = T.meta_var(self.staging.ptr_to(
-                [self.slot(buffer, j * 8 + lane % 8, warp * 2 + lane // 8 % 2)]))
+            at = T.meta_var(staging.matrices(buffer, j, warp, lane))
             sum_at = T.meta_var((part * EACH + j) * 4)
             if self.epilogue.residual:
-                T.ptx["ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16"](
+                T.ptx["ldmatrix.sync.aligned.m8n8.x2" + staging.transposed + ".shared.b16"](
                     self.extra[0], self.extra[1], at)
                 # What the lanes have read is theirs to overwrite together.
                 T.cuda.warp_sync()
@@ -202,11 +194,11 @@ class Store:
                     self.words[half],
                     self.finished(sums[sum_at + half * 2 + 1], half, self.residual_of(half, 1)),
                     self.finished(sums[sum_at + half * 2], half, self.residual_of(half, 0)))
-            T.ptx["stmatrix.sync.aligned.m8n8.x2.trans.shared.b16"](
+            T.ptx["stmatrix.sync.aligned.m8n8.x2" + staging.transposed + ".shared.b16"](
                 at, self.words[0], self.words[1])
         # Everybody's outputs are there; with two buffers the next ones need not wait.
         self.meet()
-        for i in T.unroll(-(-groups * 8 * VECTORS // WARPGROUP)):
+        for i in T.unroll(staging.turns(groups)):
             self.put(tile, thread, buffer, first + part * EACH, groups, i)
 
     def residual_of(self, half, e):
@@ -217,36 +209,42 @@ class Store:
         bits = T.Cast("uint16", T.bitwise_and(pair, T.uint32(0xFFFF)))
         return _At([T.reinterpret(self.geometry.problem.dtype, bits)], 0)
 
-    def vector_at(self, tile, thread, group, i):
-        """The pixel of a thread's i-th vector, its index in y in vectors, whether y has it."""
-        column = i * (WARPGROUP // VECTORS) + thread // VECTORS
+    def run_at(self, tile, thread, group, groups, turn):
+        """A thread's run in a turn: pixel, channel, place in y in runs, has it one, has y it."""
+        column, channel, mine = self.staging.run_of(thread, turn, groups)
         n, pixel, inside = self.place(tile, group * 8 + column)
-        m = tile.m + thread % VECTORS * VECTOR
-        # In vectors, so that the compiler sees the alignment.
-        at = self.index(n, pixel, tile.group * self.per_group + m) // VECTOR
-        inside = T.And(inside, m < self.per_group)
-        return column, at, T.And(inside, group * 8 + column < self.geometry.config.pixels)
+        m = tile.m + channel
+        # In runs, so that the compiler sees the alignment.
+        at = self.index(n, pixel, tile.group * self.per_group + m) // self.staging.width
+        inside = T.And(T.And(inside, m < self.per_group),
+                       group * 8 + column < self.geometry.config.pixels)
+        return column, channel, at, mine, inside
 
     @T.inline
-    def fetch(self, tile, thread, buffer, group, groups, i):
-        """The i-th 16 bytes of this thread from the residual to staging; zeros from outside."""
-        column, at, inside = T.meta_var(self.vector_at(tile, thread, group, i))
-        if column < groups * 8:
-            for e in T.vectorized(VECTOR):
-                self.vector[e] = T.Cast(self.geometry.problem.dtype, T.float32(0))
+    def fetch(self, tile, thread, buffer, group, groups, turn):
+        """A run of this thread from the residual to staging; zeros from outside."""
+        width = T.meta_var(self.staging.width)
+        column, channel, at, mine, inside = T.meta_var(
+            self.run_at(tile, thread, group, groups, turn))
+        if mine:
+            for e in T.vectorized(width):
+                self.run_of[e] = T.Cast(self.geometry.problem.dtype, T.float32(0))
             if inside:
-                vector: T.let = at
-                for e in T.vectorized(VECTOR):
-                    self.vector[e] = self.residual[vector * VECTOR + e]
-            for e in T.vectorized(VECTOR):
-                self.staging[self.slot(buffer, column, thread % VECTORS) + e] = self.vector[e]
+                run: T.let = at
+                for e in T.vectorized(width):
+                    self.run_of[e] = self.residual[run * width + e]
+            for e in T.vectorized(width):
+                self.staging.memory[self.staging.place(buffer, column, channel) + e] = (
+                    self.run_of[e])
 
     @T.inline
-    def put(self, tile, thread, buffer, group, groups, i):
-        """The i-th 16 bytes of this thread from staging to y."""
-        column, at, inside = T.meta_var(self.vector_at(tile, thread, group, i))
-        if T.And(column < groups * 8, inside):
-            vector: T.let = at
-            for e in T.vectorized(VECTOR):
-                self.y[vector * VECTOR + e] = self.staging[
-                    self.slot(buffer, column, thread % VECTORS) + e]
+    def put(self, tile, thread, buffer, group, groups, turn):
+        """A run of this thread from staging to y."""
+        width = T.meta_var(self.staging.width)
+        column, channel, at, mine, inside = T.meta_var(
+            self.run_at(tile, thread, group, groups, turn))
+        if T.And(mine, inside):
+            run: T.let = at
+            for e in T.vectorized(width):
+                self.y[run * width + e] = self.staging.memory[
+                    self.staging.place(buffer, column, channel) + e]

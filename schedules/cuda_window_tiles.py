@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import gcd, prod
 
 from ..problem import ConvProblem
 from .cuda_channels_last import padded_channels
@@ -199,9 +199,10 @@ class Geometry:
 
     @property
     def staged(self) -> bool:
-        """Whether outputs go through shared memory: 16 bits each, and vectors of them aligned."""
+        """Whether outputs go through shared memory: of 16 bits, in runs that y has as well."""
         p = self.problem
-        return p.itemsize == 2 and p.channels_last and self.per_group % (16 // p.itemsize) == 0
+        runs = self.per_group % 8 == 0 if p.channels_last else not self.config.images
+        return p.itemsize == 2 and runs
 
     @property
     def pairs(self) -> str | None:
@@ -215,7 +216,9 @@ class Geometry:
     def alignment(self) -> int:
         """Of y and the residual, in bytes."""
         size = self.problem.itemsize
-        return 16 if self.staged else 2 * size if self.pairs else size
+        if self.staged:
+            return 16 if self.problem.channels_last else size * gcd(8, self.columns)
+        return 2 * size if self.pairs else size
 
     @property
     def staging_bytes(self) -> int:
