@@ -22,7 +22,7 @@ from .target import CpuTarget, CudaTarget
 
 # What generated host code begins with, after its includes.
 _HOST = "#define TVM_DLL TVM_FFI_DLL_EXPORT"
-_TENSOR_MAP = Path(__file__).parent / "native" / "tensor_map.cuh"
+_ONCE = Path(__file__).parent / "native" / "cuda_host.cuh"
 # Allocated by this package, like the workspaces: they keep TVM's alignment, a cache line.
 _OURS = ("packed",)
 
@@ -176,7 +176,7 @@ def cuda_source(module: tvm.IRModule, target: CudaTarget) -> str:
         return source
     # The driver's function would be linked with its library, and called at every call.
     kernels, host, functions = source.rpartition(_HOST)
-    return kernels + _TENSOR_MAP.read_text() + host + functions
+    return kernels + _ONCE.read_text() + host + functions
 
 
 __all__ = [

@@ -199,14 +199,15 @@ def _slower(found: Found, supported: dict[str, Schedule]) -> dict[str, str]:
 
 def _configuration(schedule: Schedule, problem: ConvProblem, target: Target, config: Any) -> Any:
     if isinstance(config, dict):
-        fields = vars(schedule.default(problem, target))
+        default = schedule.default(problem, target)
+        fields = vars(default)
         unknown = sorted(set(config) - set(fields))
         if unknown:
             raise ScheduleError(
                 f"config: {schedule.name} has no field {', '.join(unknown)}; "
                 f"allowed are {', '.join(fields)}"
             )
-        config = type(schedule.default(problem, target))(**(fields | config))
+        config = type(default)(**(fields | config))
     reason = schedule.check(config, problem, target)
     if reason is not None:
         raise ScheduleError(reason)

@@ -118,7 +118,7 @@ def measure(kernel: Any, device: str, batches: int, calls: int) -> dict[str, dic
     if [call["function"] for call in kernel.metadata["calls"]] != ["im2win_conv"]:
         raise SystemExit(f"{kernel}: runs more than im2win_conv")
     made = {
-        name: torch.ones(argument["shape"], device=device)
+        name: torch.ones(argument["shape"], dtype=getattr(torch, argument["dtype"]), device=device)
         for name, argument in kernel.metadata["arguments"].items()
     }
     prepared = kernel.prepare(made["w"])
@@ -150,6 +150,8 @@ def summary(values: list[float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--target", choices=("llvm", "cuda"), default="llvm")
+    parser.add_argument("--dtype", default="float32", help="default: %(default)s")
+    parser.add_argument("--layout", default="NCHW", help="default: %(default)s")
     parser.add_argument("--epilogue", action="store_true", help="with bias and residual")
     parser.add_argument("--batches", type=int, default=500, help="default: %(default)s")
     parser.add_argument("--calls", type=int, default=100, help="in a batch; default: %(default)s")
@@ -161,15 +163,18 @@ def main() -> None:
         # OpenMP reads it when it is loaded: with PyTorch, which TVM imports if it is installed.
         os.environ["OMP_NUM_THREADS"] = "1"
     target = resolve(options.target)
-    kernel = im2win_tvm.compile(PROBLEM, target, bias=options.epilogue, residual=options.epilogue)
+    problem = PROBLEM.replace(dtype=options.dtype, layout=options.layout)
+    kernel = im2win_tvm.compile(problem, target, bias=options.epilogue, residual=options.epilogue)
     device = "cpu" if options.target == "llvm" else "cuda"
     costs = measure(kernel, device, options.batches, options.calls)
-    print(f"{PROBLEM} on {environment.device_name(target)}: us a call, and the middle half")
+    print(f"{problem} {problem.dtype} on {environment.device_name(target)}: us a call, and the middle half")
     for name, cost in costs.items():
         print(f"{name:36} {cost['median']:7.2f}   {cost['lower']:.2f} to {cost['upper']:.2f}")
     if options.json:
         figures = {
-            "problem": str(PROBLEM),
+            "problem": str(problem),
+            "dtype": problem.dtype,
+            "layout": problem.layout,
             "schedule": kernel.metadata["schedule"],
             "epilogue": kernel.metadata["epilogue"],
             "batches": options.batches,

@@ -1,6 +1,10 @@
-// cuTensorMapEncodeTiled for generated host code: from the driver that is there when a kernel is
-// called, so that a library loads without one, and once for each address.
+// What generated host code asks of CUDA at every call, asked once.
+//
+// Tensor maps: cuTensorMapEncodeTiled comes from the driver that is there when a kernel is called, so
+// that a library loads without one, and is called once for each address. Attributes of a kernel: once
+// for each device.
 
+#include <atomic>
 #include <cstdint>
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -49,8 +53,22 @@ CUresult EncodeOnce(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
   return CUDA_SUCCESS;
 }
 
+template <int Site, typename Kernel>
+cudaError_t SetAttributeOnce(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  static std::atomic<uint64_t> devices{0};
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (devices.load(std::memory_order_acquire) & bit) return cudaSuccess;
+  error = cudaFuncSetAttribute(kernel, attribute, value);
+  if (error == cudaSuccess) devices.fetch_or(bit, std::memory_order_release);
+  return error;
+}
+
 }  // namespace
 
 #define cuTensorMapEncodeTiled EncodeOnce<__COUNTER__>
 // Generated code asks for the text of an error and has one of its own to go with.
 #define cuGetErrorString(error, text) static_cast<void>(error)
+#define cudaFuncSetAttribute SetAttributeOnce<__COUNTER__>
