@@ -167,7 +167,8 @@ def main() -> None:
     kernel = im2win_tvm.compile(problem, target, bias=options.epilogue, residual=options.epilogue)
     device = "cpu" if options.target == "llvm" else "cuda"
     costs = measure(kernel, device, options.batches, options.calls)
-    print(f"{problem} {problem.dtype} on {environment.device_name(target)}: us a call, and the middle half")
+    where = environment.device_name(target)
+    print(f"{problem} {problem.dtype} on {where}: us a call, and the middle half")
     for name, cost in costs.items():
         print(f"{name:36} {cost['median']:7.2f}   {cost['lower']:.2f} to {cost['upper']:.2f}")
     if options.json:

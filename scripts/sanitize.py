@@ -1,6 +1,6 @@
 """Run the CUDA schedules under NVIDIA's compute-sanitizer, on small problems with ragged tails.
 
-    python scripts/sanitize.py [--tools memcheck,racecheck,initcheck,synccheck]
+    python scripts/sanitize.py [--tools memcheck,racecheck,...] [--schedules cuda_window,...]
 
 Kernels are built first; the sanitizer then watches processes that only load and run them. Needs a
 CUDA device, PyTorch, nvcc and compute-sanitizer (part of the CUDA toolkit). Exits with 1 if a tool
@@ -8,6 +8,7 @@ reports an error or an output is wrong.
 """
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from im2win_tvm import builds, environment, reference, tensors, toolchain
 from im2win_tvm.epilogue import NONE, Epilogue
 from im2win_tvm.problem import ConvProblem
 from im2win_tvm.schedules import SCHEDULES
+from im2win_tvm.schedules.cuda_window_tiles import Config
 from im2win_tvm.target import resolve
 
 FORMS = (
@@ -30,6 +32,8 @@ FORMS = (
     "cuda_simt_async",
     "cuda_simt_async_explicit",
     "cuda_mma",
+    "cuda_window",
+    "cuda_window_tf32",
 )
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FULL = Epilogue(True, True, "relu")
@@ -51,20 +55,45 @@ CASES = (
     (ConvProblem(2, 128, (7, 7), 72, 3, padding=1), FULL),
     (ConvProblem(1, 1, (1, 1), 1, 1), NONE),
 )
+# Windows in shared memory, as their schedules would not choose them for problems so small.
+WINDOW = ConvProblem(9, 72, (9, 10), 136, 3, 1, 1, dtype="float16", layout="NHWC")
+STRIDED = WINDOW.replace(in_channels=40, kernel_size=(4, 3), stride=(2, 3), dilation=(1, 2))
+WINDOWS = tuple(
+    (problem.replace(dtype=dtype), FULL, config)
+    for (problem, config), dtype in itertools.product(
+        (
+            (WINDOW.replace(in_channels=64), Config(1, 3, 8, turns=True, filter_stages=0)),
+            (WINDOW.replace(layout="NCHW"), Config(1, 3, 8, turns=True, taps="row")),
+            (WINDOW, Config(1, 3, 8, along_m=2, along_p=2, pixel_stages=3)),
+            (WINDOW, Config(1, 3, 8, taps="row", split=4)),
+            (WINDOW.replace(in_channels=200), Config(8, 1, 5, True, taps="tap", split=8)),
+            (
+                STRIDED,
+                Config(8, 1, 2, True, taps="row", dense=True, blocks=2, filter_stages=3),
+            ),
+            (STRIDED, Config(2, 2, 8, dense=True)),
+        ),
+        ("float16", "float32"),
+    )
+)
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, forms: list[str]) -> None:
     """Export every case in the forms that take it, with operands and the expected output."""
     target = resolve("cuda")
     asked = [
         (form, *case)
-        for form in FORMS
-        for case in CASES
+        for form in forms
+        for case in (*((*case, None) for case in CASES), *WINDOWS)
         if SCHEDULES[form].supports(case[0], target) is None
+        and (case[2] is None or form.startswith("cuda_window"))
     ]
-    requests = [builds.Request(p, target, schedule=form, epilogue=e) for form, p, e in asked]
+    requests = [
+        builds.Request(p, target, form, config, e, SCHEDULES[form].accuracy(p))
+        for form, p, e, config in asked
+    ]
     kernels = builds.build_all(requests, builds.default_jobs(target))
-    for number, ((_, problem, epilogue), kernel) in enumerate(zip(asked, kernels, strict=True)):
+    for number, ((_, problem, epilogue, _), kernel) in enumerate(zip(asked, kernels, strict=True)):
         if isinstance(kernel, Exception):
             raise kernel
         kernel.export(folder / f"{number}.so")
@@ -120,6 +149,7 @@ def watched(sanitizer: str, tool: str, folder: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tools", default=",".join(TOOLS), help="default: %(default)s")
+    parser.add_argument("--schedules", default=",".join(FORMS), help="default: all for CUDA")
     parser.add_argument("--record", type=Path, help="write what ran, and what failed, as JSON")
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -128,10 +158,13 @@ def main() -> int:
     unknown = set(options.tools.split(",")) - set(TOOLS)
     if unknown:
         parser.error(f"--tools={options.tools}: allowed are {', '.join(TOOLS)}")
+    forms = options.schedules.split(",")
+    if unknown := set(forms) - set(FORMS):
+        parser.error(f"--schedules={','.join(unknown)}: allowed are {', '.join(FORMS)}")
     sanitizer = find_sanitizer()
     failed = []
     with tempfile.TemporaryDirectory(prefix="im2win-") as folder:
-        prepare(Path(folder))
+        prepare(Path(folder), forms)
         for tool in options.tools.split(","):
             print(f"== {tool}", flush=True)
             if watched(sanitizer, tool, Path(folder)):
@@ -139,8 +172,8 @@ def main() -> int:
     print(f"failed: {', '.join(failed)}" if failed else "no errors")
     if options.record:
         figures = {
-            "schedules": FORMS,
-            "problems": [str(problem) for problem, _ in CASES],
+            "schedules": forms,
+            "problems": [str(problem) for problem, *_ in (*CASES, *WINDOWS)],
             "tools": {t: "failed" if t in failed else "clean" for t in options.tools.split(",")},
         }
         command = ["python", *sys.argv]

@@ -3,6 +3,7 @@
 import random
 
 import numpy as np
+import quick_macros  # noqa: F401
 from simt_switches import TARGET
 
 from im2win_tvm import emulate, reference, tensors
@@ -18,7 +19,7 @@ def assert_right(form, problem, config=None, epilogue=NONE, kinds=tensors.KINDS,
         given = {name: array for name, array in made._asdict().items() if array is not None}
         actual = emulate.run(schedule, problem, config, target, given, epilogue)
         expected = reference.conv2d(*made[:2], problem, *made[2:], epilogue.activation)
-        result = tensors.check(actual, expected, problem, kind)
+        result = tensors.check(actual, expected, problem, kind, schedule.accuracy(problem))
         assert result.ok, f"{config}: {result.message}"
 
 

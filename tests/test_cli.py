@@ -168,7 +168,12 @@ def test_inspect_cpu(im2win):
 def test_inspect_cuda(im2win, nvcc):
     arguments = ("inspect", SMALL, "--target", "cuda", "--arch", "sm_90", "--json")
     shown = json.loads(im2win(*arguments, "--cuda", "--ptx").stdout)
-    assert shown["rejected"] == {"cpu_blocked": "target=cuda: cpu_blocked is for llvm"}
+    assert shown["rejected"] == {
+        "cpu_blocked": "target=cuda: cpu_blocked is for llvm",
+        "cuda_window": "dtype=float32: cuda_window takes float16 and bfloat16",
+        "cuda_window_tf32": "arch=sm_90: cuda_window_tf32 takes sm_90a",
+        "cuda_mma": "dtype=float32: cuda_mma takes float16 and bfloat16",
+    }
     assert "__global__" in shown["cuda"]
     assert ".target sm_90" in shown["ptx"]
     kernels = {entry["kernel"]: entry for entry in shown["resources"]}

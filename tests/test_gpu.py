@@ -5,12 +5,9 @@ asks for one, in as many processes as there are processors.
 """
 
 import itertools
-import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +15,7 @@ from on_gpu import (
     DEVICE,
     assert_close_to_float64,
     assert_right,
+    assert_right_in_another_process,
     on_device,
     poisoned,
     run,
@@ -334,20 +332,6 @@ def test_threads_share_a_kernel(form, kernel_of):
         assert list(pool.map(work, cases)) == [0, 0, 0, 0]
 
 
-# Loads argv[1], runs it on the arrays of argv[2], writes the output to argv[3].
-RUN = """
-import sys
-import numpy as np
-import torch
-import im2win_tvm
-kernel = im2win_tvm.load(sys.argv[1])
-given = {name: torch.from_numpy(a).cuda() for name, a in np.load(sys.argv[2]).items()}
-y = kernel(given["x"], given["w"], given["bias"], residual=given["residual"])
-np.save(sys.argv[3], y.cpu().numpy())
-assert "tvm" not in sys.modules
-"""
-
-
 @every_form
 def test_exported_and_loaded_in_a_process_without_tvm(form, kernel_of, tmp_path):
     kernel = kernel_of(form, RAGGED, FULL)
@@ -355,18 +339,7 @@ def test_exported_and_loaded_in_a_process_without_tvm(form, kernel_of, tmp_path)
     loaded = im2win_tvm.load(library)
     assert loaded.metadata == kernel.metadata
     assert_right(loaded)
-    made, expected = solved(RAGGED, FULL)
-    given = {name: tensor.cpu().numpy() for name, tensor in made._asdict().items()}
-    np.savez(tmp_path / "given.npz", **given)
-    sources = str(Path(im2win_tvm.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, library, tmp_path / "given.npz", tmp_path / "out.npy"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([sources, *sys.path])},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)
+    assert_right_in_another_process(library, *solved(RAGGED, FULL), tmp_path)
 
 
 def test_code_for_another_architecture_is_refused(tmp_path):

@@ -3,34 +3,31 @@
 Every kernel that the selected tests ask for is built before the first of them, as in `test_gpu`.
 """
 
+import functools
 import itertools
-from typing import NamedTuple
 
 import pytest
-from on_gpu import DEVICE, assert_close_to_float64, assert_right, run, solved, torch
+from on_gpu import (
+    DEVICE,
+    Asked,
+    assert_close_to_float64,
+    assert_right,
+    build_for,
+    run,
+    solved,
+    torch,
+)
 from problems import HALVES_RAGGED, edge_problems, halves, odd_problems
 
-from im2win_tvm import builds, suites
+from im2win_tvm import suites
 from im2win_tvm.epilogue import NONE, Epilogue
-from im2win_tvm.problem import ConvProblem
 from im2win_tvm.schedules.cuda_mma_tiles import Config
 from im2win_tvm.target import resolve
 
 pytestmark = pytest.mark.gpu
 
 
-class Asked(NamedTuple):
-    """A kernel; config: None is the heuristic's."""
-
-    problem: ConvProblem
-    epilogue: Epilogue = NONE
-    config: Config | None = None
-
-    def __str__(self):
-        p = self.problem
-        return f"{p}-{p.layout}-{p.dtype}-{self.epilogue}-{self.config}"
-
-
+Asked = functools.partial(Asked, "cuda_mma")
 PROBLEMS = [Asked(p) for p in halves([*(p for _, p in edge_problems()), *odd_problems(6, 150)])]
 EPILOGUES = [
     Asked(HALVES_RAGGED, Epilogue(*parts))
@@ -56,17 +53,7 @@ PAPER = [
 @pytest.fixture(scope="module")
 def built(request):
     """Kernel by what is asked for; of all that is, what will be tried."""
-    target = resolve(DEVICE)
-    items = (item for item in request.session.items if item.module is request.module)
-    asked = list(dict.fromkeys(item.callspec.params["asked"] for item in items))
-    kernels = builds.build_all(
-        [
-            builds.Request(each.problem, target, "cuda_mma", each.config, each.epilogue)
-            for each in asked
-        ],
-        builds.default_jobs(target),
-    )
-    return dict(zip(asked, kernels, strict=True))
+    return build_for(request)
 
 
 @pytest.fixture
