@@ -170,6 +170,13 @@ def _from_dlpack(name: str, array: Any, expected: Expected):
     return view, view.strides, view.data_ptr()
 
 
+def converted(view: Any) -> Any:
+    """What a function of a kernel takes, as the tensor that it would make of it."""
+    import tvm_ffi
+
+    return tvm_ffi.from_dlpack(view) if is_torch(view) else view
+
+
 def _contiguous(shape, strides) -> bool:
     step = 1
     for extent, stride in zip(reversed(shape), reversed(strides), strict=True):

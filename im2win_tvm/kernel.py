@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import artifact
-from .arrays import Argument, ArgumentError, Expected
+from .arrays import Argument, ArgumentError, Expected, converted
 from .epilogue import Epilogue
 from .problem import ConvProblem
 
@@ -138,7 +138,10 @@ class Kernel:
         Arguments and errors as those of a call. Raw weights are prepared here, once.
         """
         views, out = self._checked(x, w, bias, residual, out)
-        return BoundCall(self, out, [(function, pick(views)) for function, pick in self._steps])
+        # PyTorch's tensors are converted here, but for one of each function: it tells the stream.
+        held = {name: converted(view) for name, view in views.items()}
+        steps = [(function, (pick(views)[0], *pick(held)[1:])) for function, pick in self._steps]
+        return BoundCall(self, out, steps)
 
     def _checked(self, x, w, bias, residual, out) -> tuple[dict[str, Any], Any]:
         """What a call's functions take, by name, and the array that it returns.
