@@ -101,6 +101,8 @@ _ARRIVING, _STEPPED = 44.0, 1.4
 _PATCH, _FILTER = 1730.0, 1025.0
 _STORE, _TILE, _LAUNCH = 51.0, 280.0, 8300.0
 _CLUSTER, _CLUSTER_PIXEL = 4900.0, 8.2
+# Times as long as storing long runs; from three layers.
+_SHORT = 10.0
 _WGMMA, _TAP = 4.6, 195.0
 _CLOCK = 1.72
 # Bytes a cycle of DRAM, of all multiprocessors.
@@ -130,7 +132,9 @@ def cycles(g: Geometry, grid: int, target: CudaTarget) -> float:
         patches * held / c.pixel_stages,
         taps * held_weights / g.filter_stages,
     )
-    store = c.pixels / 8 * _STORE + _TILE
+    # In NCHW a row of eight columns is a short run of memory.
+    short = not g.problem.channels_last and c.tile_h > 1 and g.columns > 8
+    store = c.pixels / 8 * _STORE * (_SHORT if short else 1) + _TILE
     if c.split > 1:
         store += _CLUSTER + _CLUSTER_PIXEL * c.pixels * c.consumers
     hidden = c.turns or c.blocks > 1

@@ -1,9 +1,16 @@
 #!/usr/bin/env python3
-"""Write the README's table of results from records: python scripts/update_readme.py RECORD..."""
+"""Write a page's tables of results from records.
+
+    python scripts/update_readme.py [--into PAGE.md] RECORD...
+
+They go between the two marks in PAGE.md, the README unless told.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -18,11 +25,11 @@ from im2win_tvm.bench.rivals import wanted  # noqa: E402
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
-def section(path: Path) -> str:
-    """One record's caption and table."""
+def section(path: Path, page: Path) -> str:
+    """One record's caption and table, on a page."""
     record = json.loads(path.read_text())
     layer = record["layers"][0]
-    link = path.resolve().relative_to(ROOT).as_posix()
+    link = os.path.relpath(path.resolve(), page.resolve().parent)
     # Where the file was when it was written does not matter.
     command = re.sub(r"(?<=--json )\S+", link, record["command"])
     state = next(iter(next(e for e in layer["implementations"] if e.get("times"))["times"]))
@@ -35,19 +42,21 @@ def section(path: Path) -> str:
     return f"{caption}\n\n{report.markdown(record)}"
 
 
-def main(paths: list[str]) -> None:
+def main() -> None:
     """Replace what stands between the two marks."""
-    if not paths:
-        sys.exit(__doc__)
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--into", type=Path, default=ROOT / "README.md", help="default: README.md")
+    parser.add_argument("records", type=Path, nargs="+", metavar="RECORD")
+    options = parser.parse_args()
+    page = options.into
+    text = page.read_text()
     if BEGIN not in text or END not in text:
-        sys.exit(f"{readme}: {BEGIN} or {END} is missing")
+        sys.exit(f"{page}: {BEGIN} or {END} is missing")
     before, rest = text.split(BEGIN, 1)
     _, after = rest.split(END, 1)
-    tables = "\n\n".join(section(Path(path)) for path in paths)
-    readme.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}")
+    tables = "\n\n".join(section(path, page) for path in options.records)
+    page.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

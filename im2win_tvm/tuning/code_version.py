@@ -3,7 +3,8 @@
 It is a hash of the source that writes that code: the schedule's file, and those of the tensor
 expressions and of other schedules that it imports, and that these import. Comments, docstrings and
 formatting do not count: no kernel depends on them, and correcting one must not throw away hours of
-measuring. `schedules/base.py` does not count either: it is the contract, and generates nothing.
+measuring. `schedules/base.py` does not count either: it is the contract, and generates nothing. Nor
+does a model of costs (`*_cost.py`): it ranks configurations, and a better fit changes no kernel.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = ["code_version", "digest", "sources"]
 _PACKAGE = __name__.split(".")[0]
 _PARTS = (f"{_PACKAGE}.expr", f"{_PACKAGE}.schedules")
 _CONTRACT = f"{_PACKAGE}.schedules.base"
+_COST = "_cost"
 # Hexadecimal digits: 64 bits, for telling versions apart and not for security.
 _DIGITS = 16
 
@@ -61,7 +63,7 @@ def sources(module: str) -> dict[str, Path]:
         found[name] = path
         for home in _imports(ast.parse(path.read_text()), package):
             counts = any(home == part or home.startswith(part + ".") for part in _PARTS)
-            if counts and home != _CONTRACT:
+            if counts and home != _CONTRACT and not home.endswith(_COST):
                 waiting.append(home)
     return found
 
