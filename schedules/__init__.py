@@ -16,11 +16,11 @@ SCHEDULES: dict[str, Schedule] = {
         CPU_BLOCKED,
         CUDA_WINDOW,
         CUDA_WINDOW_TF32,
-        CUDA_MMA,
         CUDA_SIMT_ASYNC,
         CUDA_SIMT_ASYNC_EXPLICIT,
         CUDA_SIMT,
         CUDA_SIMT_EXPLICIT,
+        CUDA_MMA,
     )
 }
 

@@ -172,7 +172,6 @@ def test_inspect_cuda(im2win, nvcc):
         "cpu_blocked": "target=cuda: cpu_blocked is for llvm",
         "cuda_window": "dtype=float32: cuda_window takes float16 and bfloat16",
         "cuda_window_tf32": "arch=sm_90: cuda_window_tf32 takes sm_90a",
-        "cuda_mma": "dtype=float32: cuda_mma takes float16 and bfloat16",
     }
     assert "__global__" in shown["cuda"]
     assert ".target sm_90" in shown["ptx"]
