@@ -37,6 +37,8 @@ from .hopper import ATOM_ROWS, WARPGROUP, registers
 
 # Offsets are 32 bits wide.
 MAX_ELEMENTS = 2**31
+# Fewer are mostly zeros in a row of 128 bytes, and a filter's tile mostly zeros for 64 outputs.
+LEAST_CHANNELS = 16
 # Blocks of a cluster that every device takes (CUDA C++ Programming Guide, thread block clusters).
 MAX_CLUSTER = 8
 # Registers of a consuming thread beside its sums: what nvcc 13.0 needs without spilling.
@@ -61,6 +63,12 @@ class CudaWindow(Schedule):
             reason = f"dtype={problem.dtype}: {self.name} takes {' and '.join(self.dtypes)}"
         if reason is None and target.arch != "sm_90a":
             reason = f"arch={target.arch}: {self.name} takes sm_90a"
+        channels = problem.in_channels // problem.groups
+        if reason is None and problem.groups > 1 and channels < LEAST_CHANNELS:
+            reason = (
+                f"groups={problem.groups}: {self.name} takes groups of {LEAST_CHANNELS} channels "
+                f"or more, these have {channels} (cuda_simt takes any)"
+            )
         if reason is None and math.prod(shape(problem)) >= MAX_ELEMENTS:
             reason = f"input_shape={problem.input_shape}: in whole vectors 2**31 elements or more"
         return reason or self.check(SMALLEST, problem, target)

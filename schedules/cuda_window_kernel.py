@@ -25,6 +25,7 @@ from .hopper import (
     ClusterSum,
     Position,
     Ring,
+    Turns,
     meet_cluster,
     registers,
     rows,
@@ -47,6 +48,7 @@ def convolve(
     COPIES, FILTER_TILES, FILTER = g.copies, g.filter_tiles, math.prod(packed_shape[1:])
     MAP, REGISTERS = g.tensor_map, registers(CONSUMERS, c.blocks)
     RESIDENT = c.filter_stages == 0
+    STAGED = max(1, CONSUMERS * g.staging_bytes // problem.itemsize)
     GROUPS = c.pixels // 8  # eights of pixels of a warpgroup
     STEPS = ROW_BYTES // WGMMA_K_BYTES
     # Warps that read a stage: of all consumers, or with turns of the one whose turn it is.
@@ -84,23 +86,20 @@ def convolve(
         pool = T.SMEMPool()
         pixels = Ring(pool, c.pixel_stages, g.stage_bytes, READERS)
         filters = Ring(pool, g.filter_stages, g.filter_bytes, READERS)
-        staging = pool.alloc(
-            (max(1, CONSUMERS * g.staging_bytes // problem.itemsize),), DTYPE, align=16)
+        staging = pool.alloc((STAGED,), DTYPE, align=16)
         pixels.place_barriers(pool)
         filters.place_barriers(pool)
-        turn = pool.alloc((2,), "uint64", align=8)
+        turns = Turns(pool)
         pool.commit()
         if thread == 0:
             pixels.init()
             filters.init()
-            for i in T.unroll(2):
-                T.ptx.mbarrier.init.shared.b64(turn.ptr_to([i]), T.uint32(4))
+            turns.init()
             # What was initialised is to be seen by the copy engine, and below by all threads.
             T.ptx.fence.proxy.async_.shared__cta()
         T.cuda.cta_sync()
 
-        # 2. Where everybody begins: with this block's first tile, and of its copies with the share
-        #    that falls to this block of a cluster.
+        # 2. Everybody begins with this block's first tile, and its share of the cluster's copies.
         tile = Tile(g)
         taps = Taps(g)
         pixels_at = Position(pixels.stages)
@@ -138,10 +137,8 @@ def convolve(
                     tile.find(number)
                     for t in T.serial(taps.passed - first_filter):
                         filters.expect(filters_at, g.filter_bytes)
-                        filters.copy(
-                            filters_at, packed_flat.ptr_to(
-                                [(tile.filter * FILTER_TILES + first_filter + t) * FILTER]),
-                            g.filter_bytes)
+                        at = T.meta_var((tile.filter * FILTER_TILES + first_filter + t) * FILTER)
+                        filters.copy(filters_at, packed_flat.ptr_to([at]), g.filter_bytes)
                         filters_at.advance()
                     # A filter that stays is that of all tiles of the block (see the schedule).
                     number = TILES if RESIDENT else number + GRID
@@ -180,8 +177,7 @@ def convolve(
                 # One tap: 64 channels by the pixels that it meets, over a row of channels.
                 view: T.let = pixel_view + T.Cast("uint64", pixels_at.stage * pixels.stage_step
                                                   + rows(u * g.tap_row + v * g.tap_column))
-                weights: T.let = filter_view + T.Cast(
-                    "uint64", filters_at.stage * filters.stage_step)
+                weights: T.let = filter_view + filters.offset(filters_at)
                 # Nobody touches the sums before the products that write them are waited for.
                 T.ptx.wgmma.fence.sync.aligned()
                 for k in T.unroll(row_steps):
@@ -206,7 +202,7 @@ def convolve(
                     filters_at.start()
                 if c.turns:
                     # The other warpgroup has given its last product to the tensor cores.
-                    T.cuda.mbarrier_wait(turn.ptr_to([consumer]), my_turn)
+                    turns.wait(consumer, my_turn)
                     my_turn = my_turn ^ 1
                 # 5. Products: a tap is a shifted view of the patch.
                 for copy in T.serial(copies):
@@ -226,26 +222,21 @@ def convolve(
                             if not RESIDENT:
                                 if done > 0:
                                     filters.release(filters_read, lane)
-                                    filters_read.advance()
                             if T.And(copy > 0, T.And(u == 0, v == 0)):
                                 pixels.release(pixels_read, lane)
-                                pixels_read.advance()
                             done = done + 1
                             filters_at.advance()
                     pixels_at.advance()
                     taps.advance()
                 taps.channels = 0
                 if c.turns:
-                    if lane == 0:
-                        T.ptx.mbarrier.arrive.shared.b64(turn.ptr_to([1 - consumer]), T.uint32(1))
+                    turns.give(1 - consumer, lane)
                 T.ptx.wgmma.wait_group.sync.aligned(0)
                 for i in T.unroll(c.sums):
                     T.ptx["mov.f32"](sums[i], sums[i])  # keeps reads of the sums behind the wait
                 if not RESIDENT:
                     filters.release(filters_read, lane)
-                    filters_read.advance()
                 pixels.release(pixels_read, lane)
-                pixels_read.advance()
                 if c.turns:
                     skip_tile()
                 # 6. Outputs.

@@ -129,9 +129,10 @@ class Ring:
 
     @T.inline
     def release(self, at, lane):
-        """Say for this warp that it has read the stage."""
+        """Say for this warp that it has read the stage, and go on to the next."""
         if lane == 0:
             T.ptx.mbarrier.arrive.shared.b64(self.empty.ptr_to([at.stage]), T.uint32(1))
+        at.advance()
 
     @T.inline
     def copy(self, at, source, nbytes):
@@ -163,10 +164,36 @@ class Ring:
         fixed = (1 << 62) | (group_rows * ROW_BYTES // 16 << 32) | (1 << 16)
         return T.uint64(fixed) + T.Cast("uint64", start) + T.Cast("uint64", rows(first_row))
 
+    def offset(self, at):
+        """Of a stage in a descriptor."""
+        return T.Cast("uint64", at.stage * self.stage_step)
+
     @property
     def stage_step(self) -> int:
         """From stage to stage in a descriptor."""
         return self.stage_bytes // 16
+
+
+@T.meta_class
+class Turns:
+    """Which of two warpgroups has its turn: an mbarrier each, passed by the other one's warps."""
+
+    def __init__(self, pool):
+        self.passed = pool.alloc((2,), "uint64", align=8)
+
+    @T.inline
+    def init(self):
+        for i in T.unroll(2):
+            T.ptx.mbarrier.init.shared.b64(self.passed.ptr_to([i]), T.uint32(WARPGROUP // 32))
+
+    @T.inline
+    def wait(self, who, parity):
+        T.cuda.mbarrier_wait(self.passed.ptr_to([who]), parity)
+
+    @T.inline
+    def give(self, who, lane):
+        if lane == 0:
+            T.ptx.mbarrier.arrive.shared.b64(self.passed.ptr_to([who]), T.uint32(1))
 
 
 def rows(count):

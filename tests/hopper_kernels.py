@@ -7,7 +7,15 @@ from tvm.script import tirx as T
 
 from im2win_tvm.schedules.cuda_window_store import Store
 from im2win_tvm.schedules.cuda_window_walk import Taps, Tile
-from im2win_tvm.schedules.hopper import ClusterSum, Position, Ring, TensorMap, meet_cluster, wgmma
+from im2win_tvm.schedules.hopper import (
+    ClusterSum,
+    Position,
+    Ring,
+    TensorMap,
+    Turns,
+    meet_cluster,
+    wgmma,
+)
 
 FLOATS = 256  # of a stage of `ring`, a KiB
 
@@ -59,7 +67,9 @@ def ring(stages, tiles, consumers=1, early=False):
             T.ptx.fence.proxy.async_.shared__cta()
         T.cuda.cta_sync()
         at = Position(stages)
+        read = Position(stages)
         at.start()
+        read.start()
         if t < 128:
             if t == 0:
                 for i in T.serial(tiles):
@@ -70,12 +80,12 @@ def ring(stages, tiles, consumers=1, early=False):
             for i in T.serial(tiles):
                 stage.wait(at)
                 if early:
-                    stage.release(at, t % 32)
+                    stage.release(read, t % 32)
                 for e in T.unroll(2):
                     y[t // 128 - 1, i, t % 128 * 2 + e] = held[at.stage * FLOATS + t % 128 * 2 + e]
                 T.cuda.warp_sync()
                 if not early:
-                    stage.release(at, t % 32)
+                    stage.release(read, t % 32)
                 at.advance()
     # fmt: on
 
@@ -106,7 +116,9 @@ def boxes(stages, tiles, extent, step):
             T.ptx.fence.proxy.async_.shared__cta()
         T.cuda.cta_sync()
         at = Position(stages)
+        read = Position(stages)
         at.start()
+        read.start()
         if t < 128:
             if t == 0:
                 for i in T.serial(tiles):
@@ -120,7 +132,7 @@ def boxes(stages, tiles, extent, step):
                     place: T.let = t % 128 * 4 + e
                     y[i, place // 64, place % 64] = held[at.stage * 512 + place]
                 T.cuda.warp_sync()
-                stage.release(at, t % 32)
+                stage.release(read, t % 32)
                 at.advance()
     # fmt: on
 
@@ -301,6 +313,42 @@ def store(g, epilogue, cut):
         if cut > 0:
             out.run(tile, local, sums, 0, cut)
         out.run(tile, local, rest, cut, GROUPS - cut)
+    # fmt: on
+
+    return kernel
+
+
+def by_turns(rounds, waits=True):
+    """order[i] = the warpgroup whose turn was the i-th, told by a counter that nothing else guards.
+
+    waits: False lets both go on at once.
+    """
+
+    # fmt: off
+    @T.prim_func
+    def kernel(order: T.Buffer((2 * rounds,), "int32")):
+        T.device_entry()
+        T.cta_id([1])
+        t = T.thread_id([256])
+        pool = T.SMEMPool()
+        count = pool.alloc((1,), "int32", align=16)
+        turns = Turns(pool)
+        pool.commit()
+        if t == 0:
+            turns.init()
+            count[0] = 0
+        T.cuda.cta_sync()
+        who: T.let = t // 128
+        parity: T.int32 = 1 - who
+        for _ in T.serial(rounds):
+            if waits:
+                turns.wait(who, parity)
+                parity = parity ^ 1
+            if t % 128 == 0:
+                order[count[0]] = who
+                count[0] = count[0] + 1
+            T.ptx.bar.sync(T.Cast("uint32", who + 1), T.uint32(128))
+            turns.give(1 - who, t % 32)
     # fmt: on
 
     return kernel

@@ -46,6 +46,14 @@ def test_bytes_go_round_a_ring(stages):
         np.testing.assert_array_equal(y, np.stack([x] * consumers))
 
 
+def test_turns():
+    order = np.full(10, -1, "int32")
+    run(kernels.by_turns(5), {"order": order})
+    assert order.tolist() == [0, 1] * 5
+    with pytest.raises(SimulationError, match="no barrier between"):
+        run(kernels.by_turns(5, waits=False), {"order": order})
+
+
 def test_stages_that_are_given_back_too_early():
     arrays = {"x": normal(3, kernels.FLOATS), "y": nan(1, 3, kernels.FLOATS)}
     with pytest.raises(SimulationError, match=r"copy into a word that block 0 thread .* read"):

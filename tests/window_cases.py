@@ -148,8 +148,9 @@ def drawn(seed: int, count: int, most_work: int = 2_000_000) -> list[tuple[ConvP
         except ProblemError:  # a kernel larger than its input: draw again
             continue
         config = _config(chance)
-        check = SCHEDULES[FORMS[problem.dtype]].check
-        if problem.flops <= 2 * most_work and check(config, problem, FEW) is None:
+        schedule = SCHEDULES[FORMS[problem.dtype]]
+        refused = schedule.supports(problem, FEW) or schedule.check(config, problem, FEW)
+        if problem.flops <= 2 * most_work and refused is None:
             found.append((problem, config))
     return found
 
