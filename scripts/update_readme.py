@@ -30,8 +30,9 @@ def section(path: Path, page: Path) -> str:
     record = json.loads(path.read_text())
     layer = record["layers"][0]
     link = os.path.relpath(path.resolve(), page.resolve().parent)
+    place = path.resolve().relative_to(ROOT).as_posix()
     # Where the file was when it was written does not matter.
-    command = re.sub(r"(?<=--json )\S+", link, record["command"])
+    command = re.sub(r"(?<=--json )\S+", place, record["command"])
     state = next(iter(next(e for e in layer["implementations"] if e.get("times"))["times"]))
     kind = "" if wanted(layer) == OWN[layer["dtype"]] else f" in {wanted(layer)}"
     caption = (
