@@ -24,8 +24,8 @@ _HEADER = struct.Struct("<16sQ32sQ")
 HEADER_BYTES = _HEADER.size
 # What loading and calling read of the metadata.
 _NEEDED = (
-    "problem", "epilogue", "schedule", "target", "prepare", "calls", "arguments", "workspaces",
-    "scratch_bytes_per_thread",
+    "problem", "epilogue", "schedule", "target", "prepare", "prepare_hash", "calls", "arguments",
+    "workspaces", "scratch_bytes_per_thread",
 )  # fmt: skip
 _UNSEALED = (0, b"\0" * 32)
 

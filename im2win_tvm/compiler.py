@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import tvm_ffi
+
 from . import __version__, artifact, toolchain
 from .epilogue import NONE, Epilogue
 from .kernel import Kernel
@@ -95,6 +97,7 @@ def describe(
         },
         "target": dataclasses.asdict(target) | {"kind": target.kind, "machine": platform.machine()},
         "prepare": PREPARE,
+        "prepare_hash": f"{tvm_ffi.structural_hash(module[PREPARE]):016x}",
         "calls": calls(module),
         "arguments": {
             name: {"shape": list(p.shape), "dtype": p.dtype, "alignment": p.alignment}

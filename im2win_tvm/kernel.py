@@ -48,7 +48,13 @@ class Kernel:
             )
             for name, a in metadata["arguments"].items()
         }
-        self._x_bytes, self._y_bytes = (self._arguments[n].expected.nbytes for n in ("x", "y"))
+        # What is read while the output is written, and its bytes.
+        self._read = [
+            (name, argument.expected.nbytes)
+            for name, argument in self._arguments.items()
+            if name in ("x", "packed", "bias", "residual")
+        ]
+        self._y_bytes = self._arguments["y"].expected.nbytes
         self._workspaces = metadata["workspaces"]
 
     def __repr__(self):
@@ -87,16 +93,10 @@ class Kernel:
     def _origin(self) -> tuple:
         """What two kernels must share for one's prepared weights to fit the other.
 
-        The packed shape tells the blocking and the axes of K. Their order is the schedule's own and
-        depends on the layout: shapes of different orders may be equal.
+        The order of packed weights is the schedule's own: it may depend on the configuration and on
+        what of the problem is not in any shape. Equal functions write equal orders.
         """
-        return (
-            self.metadata["schedule"]["name"],
-            self._arguments["packed"].expected,
-            self.problem.weight_shape,
-            self.problem.groups,
-            self.problem.channels_last,
-        )
+        return self.metadata["prepare_hash"], self._arguments["packed"].expected
 
     @property
     def workspace_bytes(self) -> int:
@@ -160,21 +160,33 @@ class Kernel:
                 )
             if compiled:
                 views[name] = arguments[name].check(array)
-        if out is None:
+        fresh = out is None
+        if fresh:
             out = arguments["y"].empty_like(x)
         views["y"] = arguments["y"].check(out)
-        x_at, y_at = views["x"].data_ptr(), views["y"].data_ptr()
-        if x_at < y_at + self._y_bytes and y_at < x_at + self._x_bytes:
-            raise ArgumentError("out: overlaps x, which is read while out is written")
         if not isinstance(w, PreparedWeights):
             w = self.prepare(w)
         # The kernel's own weights have its own tuple, and to compare contents takes longer.
         elif w.origin is not self._origin and w.origin != self._origin:
             raise ArgumentError("w: prepared by a kernel with another configuration")
         views["packed"] = arguments["packed"].check(w.packed)
+        if not fresh:
+            self._refuse_overlaps(views)
         for name in self._workspaces:
             views[name] = arguments[name].check(arguments[name].empty_like(x))
         return views, out
+
+    def _refuse_overlaps(self, views: dict[str, Any]) -> None:
+        """Raise ArgumentError where the output shares memory with what is read meanwhile.
+
+        A residual may be the output itself: each of its elements is read before it is written.
+        """
+        y_at = views["y"].data_ptr()
+        y_end = y_at + self._y_bytes
+        for name, size in self._read:
+            at = views[name].data_ptr()
+            if at < y_end and y_at < at + size and not (name == "residual" and at == y_at):
+                raise ArgumentError(f"out: overlaps {name}, which is read while out is written")
 
     def export(self, path: str | os.PathLike) -> Path:
         """Write the kernel as one shared library; an existing file is replaced in one step."""

@@ -25,8 +25,8 @@ _TFLOAT32 = 11
 # Limits of a tensor map: entries of a box, and steps between the elements that it takes.
 MAX_BOX, MAX_STEP = 256, 8
 
-# Registers of a multiprocessor, and the most of a thread (CUDA C++ Programming Guide, 9.0).
-_REGISTERS, _MOST = 65536, 240
+# Registers of a multiprocessor, and the most of a thread in eights (CUDA C++ Programming Guide, 9.0).
+_REGISTERS, _MOST = 65536, 248
 
 
 class Registers(NamedTuple):
@@ -44,7 +44,7 @@ def registers(consumers: int, blocks: int) -> Registers:
     what consumers get more is what the producer gives up.
     """
     warpgroups = consumers + 1
-    launched = min(248, _REGISTERS // (blocks * warpgroups * WARPGROUP) // 8 * 8)
+    launched = min(_MOST, _REGISTERS // (blocks * warpgroups * WARPGROUP) // 8 * 8)
     producer = 40 if consumers < 3 and launched > 100 else 24
     consumer = (launched * warpgroups - producer) // consumers // 8 * 8
     return Registers(launched, producer, min(consumer, _MOST))

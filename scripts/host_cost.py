@@ -1,4 +1,5 @@
-"""What a call costs the host, in microseconds: from Python in several ways, and from C++.
+"""What a call costs the host, in microseconds: from Python in several ways, and from C++;
+on CUDA the launch of an empty kernel beside it.
 
     python scripts/host_cost.py --target cuda --json OUT.json
 
@@ -11,6 +12,7 @@ as not to wait for others, and is part of the figure from C++, which limits its 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import shutil
 import statistics
@@ -39,6 +41,7 @@ STATEMENTS = {
     "the function, on tvm_ffi's tensors": "function(*converted)",
 }
 CPP = "the function, from C++ on DLTensors"
+LAUNCH = "of that, a launch"
 
 SOURCE = r"""
 #include <tvm/ffi/container/array.h>
@@ -74,6 +77,49 @@ ffi::Array<double> Time(ffi::String library, ffi::Array<ffi::Tensor> tensors, in
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(time, Time);
 """
+
+#: What is left of a call when nothing is checked and nothing computed.
+LAUNCH_SOURCE = r"""
+#include <cuda.h>
+#include <cuda_runtime.h>
+#include <chrono>
+
+struct Maps { CUtensorMap x, y; };
+
+__global__ void Nothing(const __grid_constant__ Maps, const void*, const void*, void*) {}
+
+extern "C" int Time(int batches, int calls, double* seconds) {
+  const int shared = 200 * 1024;
+  cudaFuncSetAttribute(Nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  Maps maps = {};
+  for (int batch = 0; batch < batches; ++batch) {
+    auto start = std::chrono::steady_clock::now();
+    for (int call = 0; call < calls; ++call) {
+      cudaLaunchConfig_t config = {};
+      config.gridDim = dim3(1);
+      config.blockDim = dim3(384);
+      config.dynamicSmemBytes = shared;
+      cudaLaunchKernelEx(&config, Nothing, maps, (const void*)nullptr, (const void*)nullptr,
+                         (void*)nullptr);
+    }
+    std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    seconds[batch] = took.count();
+    cudaDeviceSynchronize();
+  }
+  return cudaGetLastError();
+}
+"""
+
+
+def launches(folder: Path, arch: str, batches: int, calls: int) -> list[float]:
+    """Seconds of every batch of launches of an empty kernel with the arguments of ours."""
+    source, library = folder / "launch.cu", folder / "launch.so"
+    source.write_text(LAUNCH_SOURCE)
+    toolchain.build_cuda_library(library, source, arch, [])
+    seconds = (ctypes.c_double * batches)()
+    if error := ctypes.CDLL(str(library)).Time(batches, calls, seconds):
+        raise SystemExit(f"an empty kernel was not launched: CUDA error {error}")
+    return list(seconds)
 
 
 def build_cpp(folder: Path) -> Path:
@@ -139,6 +185,9 @@ def measure(kernel: Any, device: str, batches: int, calls: int) -> dict[str, dic
         cpp = tvm_ffi.load_module(str(build_cpp(Path(folder))))
         times = cpp.time(str(library), tensors, WARM_UP + batches, calls, synchronize)
         seconds[CPP] = list(times)[WARM_UP:]
+        if device == "cuda":
+            arch = kernel.metadata["target"]["arch"]
+            seconds[LAUNCH] = launches(Path(folder), arch, WARM_UP + batches, calls)[WARM_UP:]
     return {name: summary([1e6 * s / calls for s in took]) for name, took in seconds.items()}
 
 

@@ -176,6 +176,30 @@ def test_an_output_over_the_input_is_refused(way):
 
 
 @WAYS
+def test_an_output_over_another_operand_is_refused(way):
+    """A residual may be the output, but not overlap it otherwise."""
+    given, expected = operands()
+    kernel, size = compiled(**FULL), given["out"].numel()
+    memory = torch.full((2 * size,), torch.nan)
+
+    def out_at(start):
+        return memory[start : start + size].view(PROBLEM.output_shape)
+
+    for name in ("bias", "residual"):
+        held = out_at(size // 2).view(-1)[: given[name].numel()].view(given[name].shape)
+        with pytest.raises(ArgumentError, match=rf"^out: overlaps {name}"):
+            way(kernel, {**given, name: held, "out": out_at(size // 2 + (name == "residual"))})
+    prepared = kernel.prepare(given["w"])
+    packed = out_at(0).view(-1)[: prepared.packed.numel()].view(prepared.packed.shape)
+    prepared = dataclasses.replace(prepared, packed=packed)
+    with pytest.raises(ArgumentError, match=r"^out: overlaps packed"):
+        way(kernel, {**given, "w": prepared, "out": out_at(0)})
+    assert memory.isnan().all()
+    out = out_at(0).copy_(given["residual"])
+    np.testing.assert_array_equal(way(kernel, {**given, "residual": out, "out": out}), expected)
+
+
+@WAYS
 def test_operands_are_missing_or_too_many(way):
     given, _ = operands()
     for name in ("bias", "residual"):
@@ -202,6 +226,10 @@ def test_prepared_weights_of_others_are_refused_or_fit(way):
     ):
         with pytest.raises(ArgumentError, match=f"^packed: {message}"):
             way(kernel, {**given, "w": dataclasses.replace(prepared, packed=wrong)})
+    # Of the same shape, in an order written by another function.
+    swapped = Kernel(kernel._path, {**kernel.metadata, "prepare_hash": "0" * 16}, kernel)
+    with pytest.raises(ArgumentError, match=r"^w: prepared by a kernel with another config"):
+        way(kernel, {**given, "w": swapped.prepare(given["w"])})
     assert given["out"].isnan().all()
     # Of an equal origin that is another object.
     again = im2win_tvm.compile(PROBLEM, "llvm").prepare(given["w"])

@@ -7,11 +7,13 @@ import random
 import pytest
 from emulated import assert_nan_and_infinity_stay_local, assert_right
 from problems import HALVES_RAGGED, halves, odd_problems, problem_id
+from tvm_ffi import structural_hash
 from window_cases import BASE, BUSY, CASES, EPILOGUES, FEW, FORMS, case_id, cases, drawn
 
 import im2win_tvm
 from im2win_tvm import lower, suites, toolchain
 from im2win_tvm.epilogue import NONE, Epilogue
+from im2win_tvm.problem import ConvProblem
 from im2win_tvm.schedules import SCHEDULES, ScheduleError
 from im2win_tvm.schedules.cuda_window import folded, grid
 from im2win_tvm.schedules.cuda_window_tiles import Config, Geometry
@@ -350,3 +352,20 @@ def test_code(layer, dtype, config, tmp_path):
         *half,
     ):
         assert instruction in ptx, instruction
+
+
+def test_orders_of_taps_are_told_apart():
+    """Packed filters of one shape: the taps of a stride by class, or as they are."""
+    problem = ConvProblem(1, 128, (56, 56), 128, 3, 2, 1, dtype="float16", layout="NHWC")
+    by_class, dense = Config(1, 2, 8), Config(1, 2, 8, dense=True)
+
+    def prepare_hash(problem, config):
+        module = lower.lower(SCHEDULE.build(problem, config, HOPPER))
+        shapes = {p.name: p.shape for p in lower.function_parameters(module)["im2win_prepare"]}
+        return shapes["packed"], structural_hash(module["im2win_prepare"])
+
+    first = prepare_hash(problem, by_class)
+    assert prepare_hash(problem, dense)[0] == first[0]
+    assert prepare_hash(problem, dense) != first
+    # Another batch, and another epilogue's tiles, change nothing.
+    assert prepare_hash(problem.replace(batch=5), Config(5, 2, 8, pixel_stages=3)) == first
