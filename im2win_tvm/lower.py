@@ -176,6 +176,8 @@ def cuda_source(module: tvm.IRModule, target: CudaTarget) -> str:
         return source
     # The driver's function would be linked with its library, and called at every call.
     kernels, host, functions = source.rpartition(_HOST)
+    if not host:
+        raise RuntimeError(f"TVM's CUDA source has no line {_HOST!r}: this is for TVM 0.27")
     return kernels + _ONCE.read_text() + host + functions
 
 

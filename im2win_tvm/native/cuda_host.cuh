@@ -53,6 +53,8 @@ CUresult EncodeOnce(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
   return CUDA_SUCCESS;
 }
 
+// As the CUDA runtime does with modules, it takes a device for one that is not reset: after
+// cudaDeviceReset a kernel's attributes are gone, and its launch fails.
 template <int Site, typename Kernel>
 cudaError_t SetAttributeOnce(Kernel* kernel, cudaFuncAttribute attribute, int value) {
   static std::atomic<uint64_t> devices{0};
