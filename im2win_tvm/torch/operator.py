@@ -1,0 +1,298 @@
+"""``torch.ops.im2win.conv2d``: PyTorch's operator, and what PyTorch has to know of it.
+
+Kernels are compiled at the first call of a problem, and kept on disk (see
+`im2win_tvm.kernel_cache`). What no kernel takes, or cannot be compiled here, PyTorch computes; a
+FallbackWarning says so once for each problem.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..arrays import ArgumentError
+from ..epilogue import Epilogue
+from ..kernel import Kernel, PreparedWeights
+from ..kernel_cache import KernelCache
+from ..problem import ConvProblem
+from ..target import resolve
+
+__all__ = ["CACHE", "FallbackWarning", "conv2d", "kernel_of"]
+
+NAME = "im2win::conv2d"
+#: Kernels of all calls.
+CACHE = KernelCache()
+# Data of PyTorch's own tensors is aligned to more; views may begin anywhere.
+_ALIGNMENT = 16
+
+torch.library.define(
+    NAME,
+    "(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, int[2] padding=0, "
+    "int[2] dilation=1, int groups=1, str? accuracy=None, bool constant_weight=False) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+class FallbackWarning(UserWarning):
+    """A convolution that PyTorch computes, and why."""
+
+
+def conv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    accuracy: str | None = None,
+    constant_weight: bool = False,
+) -> torch.Tensor:
+    """As `torch.nn.functional.conv2d`, for a batch of images and zero padding by numbers.
+
+    input: ``[N, Ci, H, W]``, contiguous or in channels_last format, which the output ``[N, Co, Ho,
+    Wo]`` has too; any other is copied. weight: ``[Co, Ci / groups, Kh, Kw]``; bias: ``[Co]``; all
+    of one dtype: float32, float16 or bfloat16. accuracy: as in `im2win_tvm.compile`.
+    constant_weight: the weight is brought into the kernel's order once, and again when PyTorch has
+    counted a change of it; changes by way of ``weight.data`` are not counted and not seen.
+    """
+    stride, padding, dilation = (
+        (value, value) if isinstance(value, int) else value for value in (stride, padding, dilation)
+    )
+    return torch.ops.im2win.conv2d(
+        input, weight, bias, stride, padding, dilation, groups, accuracy, constant_weight
+    )
+
+
+class _Call(NamedTuple):
+    """What decides on a kernel."""
+
+    shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    bias: bool
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    accuracy: str | None
+    dtype: torch.dtype
+    device: torch.device
+    channels_last: bool
+
+    def problem(self) -> ConvProblem:
+        batch, channels, *size = self.shape
+        return ConvProblem(
+            batch,
+            channels,
+            tuple(size),
+            self.weight_shape[0],
+            self.weight_shape[2:],
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            str(self.dtype).removeprefix("torch."),
+            "NHWC" if self.channels_last else "NCHW",
+        )
+
+    def kernel(self) -> Kernel | str:
+        """Or why there is none, after a warning."""
+        try:
+            target = resolve("llvm" if self.device.type == "cpu" else self.device.type)
+            return CACHE.get(
+                self.problem(), target, accuracy=self.accuracy, epilogue=Epilogue(self.bias)
+            )
+        except Exception as error:  # whatever is missing or failed, PyTorch can do it
+            warnings.warn(
+                f"PyTorch computes the convolution of {self.shape} with {self.weight_shape}, "
+                f"{self.dtype} on {self.device}: {error}",
+                FallbackWarning,
+                stacklevel=2,
+            )
+            return str(error)
+
+
+_kernels: dict[_Call, Kernel | str] = {}
+_guard = threading.Lock()
+
+
+def kernel_of(input, weight, bias, stride, padding, dilation, groups, accuracy) -> Kernel | str:
+    """The kernel of a call with these operands, or why there is none."""
+    call = _Call(
+        tuple(input.shape), tuple(weight.shape), bias is not None, tuple(stride), tuple(padding),
+        tuple(dilation), groups, accuracy, input.dtype, input.device, _is_channels_last(input),
+    )  # fmt: skip
+    if call not in _kernels:
+        kernel = call.kernel()
+        with _guard:
+            return _kernels.setdefault(call, kernel)
+    return _kernels[call]
+
+
+class _Prepared:
+    """Constant weights in the order of kernels, for as long as PyTorch has them."""
+
+    def __init__(self):
+        self._held: dict[tuple, tuple[StorageWeakRef, int, PreparedWeights]] = {}
+        self._guard = threading.Lock()
+
+    def get(self, kernel: Kernel, weight: torch.Tensor) -> PreparedWeights | torch.Tensor:
+        if weight.is_inference():  # has no count of changes
+            return weight.contiguous()
+        key = kernel.metadata["prepare_hash"], weight.data_ptr(), weight.stride(), weight.device
+        held = self._held.get(key)
+        if held is None or held[0].expired() or held[1] != weight._version:
+            storage, version = StorageWeakRef(weight.untyped_storage()), weight._version
+            held = storage, version, kernel.prepare(weight.contiguous())
+            with self._guard:
+                # Those of weights that are gone go, too.
+                self._held = {k: v for k, v in self._held.items() if not v[0].expired()}
+                self._held[key] = held
+        return held[2]
+
+
+_PREPARED = _Prepared()
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _rows_last(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+@torch.library.impl(NAME, ("cpu", "cuda"))
+def _computed(
+    input, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1,
+    accuracy=None, constant_weight=False,
+):  # fmt: skip
+    _check(input, weight, bias, groups)
+    x, w, b = (t if t is None else t.detach() for t in (input, weight, bias))
+    channels_last = _is_channels_last(x)
+    if not channels_last:
+        x = x.contiguous()
+    kernel = "it is empty"
+    if x.numel() and w.numel():
+        kernel = kernel_of(x, w, b, stride, padding, dilation, groups, accuracy)
+    if isinstance(kernel, str):
+        y = torch.ops.aten.convolution(x, w, b, stride, padding, dilation, False, (0, 0), groups)
+        return y.contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
+    if x.data_ptr() % _ALIGNMENT:
+        x = x.clone()
+    y = torch.empty(
+        _output_shape(x, w, stride, padding, dilation),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+    with torch.no_grad(), torch.cuda.device_of(x):
+        w = _PREPARED.get(kernel, w) if constant_weight else w.contiguous()
+        given, out = (_rows_last(x), _rows_last(y)) if channels_last else (x, y)
+        try:
+            kernel(given, w, b if b is None else b.contiguous(), out=out)
+        except ArgumentError as error:  # checked above: whatever is left is a fault of ours
+            raise RuntimeError(f"im2win::conv2d: {error}") from error
+    return y
+
+
+def _check(x, weight, bias, groups) -> None:
+    """Raise RuntimeError, as PyTorch's operators do, for operands that do not fit."""
+    if x.dim() != 4 or weight.dim() != 4:
+        raise RuntimeError(
+            f"im2win::conv2d: input of {x.dim()} and weight of {weight.dim()} dimensions: "
+            "allowed are 4"
+        )
+    if x.shape[1] != weight.shape[1] * groups:
+        raise RuntimeError(
+            f"im2win::conv2d: input has {x.shape[1]} channels; weight and groups={groups} take "
+            f"{weight.shape[1] * groups}"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype, tensor.device) != (x.dtype, x.device):
+            raise RuntimeError(
+                f"im2win::conv2d: {name} is {tensor.dtype} on {tensor.device}, input {x.dtype} "
+                f"on {x.device}"
+            )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise RuntimeError(
+            f"im2win::conv2d: bias of shape {tuple(bias.shape)}: allowed is ({weight.shape[0]},)"
+        )
+
+
+def _output_shape(x, weight, stride, padding, dilation) -> tuple:
+    size = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(
+            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    )
+    return (x.shape[0], weight.shape[0], *size)
+
+
+@torch.library.register_fake(NAME)
+def _fake(
+    input, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1,
+    accuracy=None, constant_weight=False,
+):  # fmt: skip
+    _check(input, weight, bias, groups)
+    return input.new_empty(_output_shape(input, weight, stride, padding, dilation)).to(
+        memory_format=torch.channels_last if _is_channels_last(input) else torch.contiguous_format
+    )
+
+
+def _keep(ctx, inputs, output) -> None:
+    x, weight, bias, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, *_ = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.channels = None if bias is None else [weight.shape[0]]
+
+
+def _backward(ctx, gradient):
+    """By PyTorch's own backward of a convolution."""
+    x, weight = ctx.saved_tensors
+    # PyTorch leaves out what was not given.
+    wanted = [*ctx.needs_input_grad[:2], ctx.channels is not None and ctx.needs_input_grad[2]]
+    gradients = torch.ops.aten.convolution_backward(
+        gradient, x, weight, ctx.channels, ctx.stride, ctx.padding, ctx.dilation, False, [0, 0],
+        ctx.groups, wanted,
+    )  # fmt: skip
+    return (*gradients, *[None] * 6)
+
+
+torch.library.register_autograd(NAME, _backward, setup_context=_keep)
+
+
+def _autocast(device: str):
+    def cast(input, weight, bias=None, *rest):
+        with torch.autocast(device, enabled=False):
+            dtype = torch.get_autocast_dtype(device)
+            tensors = (t if t is None else t.to(dtype) for t in (input, weight, bias))
+            return torch.ops.im2win.conv2d(*tensors, *rest)
+
+    return cast
+
+
+_LIBRARY = torch.library.Library("im2win", "FRAGMENT")
+for _device in ("cpu", "cuda"):
+    _LIBRARY.impl("conv2d", _autocast(_device), f"Autocast{_device.upper()}")
+
+
+@torch.library.register_vmap(NAME)
+def _vmap(info, in_dims, input, weight, bias=None, *rest):
+    """Over inputs: their batches are one. Over weights it is refused."""
+    if any(dim is not None for dim in in_dims[1:3]):
+        raise NotImplementedError(
+            "im2win::conv2d: vmap over weight or bias: allowed is vmap over input; call "
+            "torch.nn.functional.conv2d"
+        )
+    x = input.movedim(in_dims[0], 0)
+    y = torch.ops.im2win.conv2d(x.flatten(0, 1), weight, bias, *rest)
+    return y.unflatten(0, x.shape[:2]), 0

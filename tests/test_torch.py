@@ -1,0 +1,385 @@
+"""Convolutions as PyTorch's operator, as modules and in models, against PyTorch's own."""
+
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+import im2win_tvm.torch as ours  # noqa: E402
+from im2win_tvm import kernel_cache, reference  # noqa: E402
+from im2win_tvm.epilogue import Epilogue  # noqa: E402
+from im2win_tvm.kernel_cache import KernelCache  # noqa: E402
+from im2win_tvm.problem import ConvProblem  # noqa: E402
+from im2win_tvm.target import resolve  # noqa: E402
+from im2win_tvm.torch import operator  # noqa: E402
+
+nn, F = torch.nn, torch.nn.functional
+# x, w, bias, stride, padding, dilation, groups
+CASES = {
+    "plain": ((2, 3, 9, 11), (5, 3, 3, 2), False, (1, 1), (0, 0), (1, 1), 1),
+    "all": ((2, 8, 13, 11), (6, 4, 3, 3), True, (2, 1), (1, 2), (1, 2), 2),
+    "depthwise": ((1, 7, 8, 9), (7, 1, 5, 5), True, (1, 1), (2, 2), (1, 1), 7),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+FORMATS = {"first": torch.contiguous_format, "last": torch.channels_last}
+every_format = pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A cache of this test's own, and a process that has called nothing yet."""
+    monkeypatch.setenv(kernel_cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(operator, "CACHE", KernelCache())
+    monkeypatch.setattr(operator, "_kernels", {})
+    return tmp_path / "cache"
+
+
+def operands(case, dtype=torch.float32, memory_format=torch.contiguous_format):
+    """Whole numbers, and so small that sums are exact."""
+    shape, weight_shape, bias, *rest = case
+    torch.manual_seed(7)
+    x, w, b = (
+        torch.randint(-3, 4, size).to(dtype) for size in (shape, weight_shape, weight_shape[:1])
+    )
+    return x.to(memory_format=memory_format), w, b if bias else None, *rest
+
+
+def assert_same(actual, expected):
+    np.testing.assert_array_equal(actual.detach().numpy(), expected.detach().numpy())
+
+
+@every_case
+@every_format
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_values(case, memory_format, dtype):
+    x, w, b, stride, padding, dilation, groups = operands(case, dtype, memory_format)
+    n, c, *size = x.shape
+    problem = ConvProblem(
+        n, c, tuple(size), len(w), tuple(w.shape[2:]), stride, padding, dilation, groups
+    )
+    expected = reference.conv2d(x.numpy(), w.numpy(), problem, None if b is None else b.numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = ours.conv2d(x, w, b, stride, padding, dilation, groups)
+    assert y.is_contiguous(memory_format=memory_format) and y.dtype == dtype
+    np.testing.assert_array_equal(y.double().numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("case", "memory_format"), [("plain", "first"), ("all", "last"), ("depthwise", "first")]
+)
+def test_the_operator_is_one_of_pytorchs(case, memory_format):
+    x, w, b, *rest = operands(CASES[case], memory_format=FORMATS[memory_format])
+    given = (x.requires_grad_(), w.requires_grad_(), b, *rest)
+    torch.library.opcheck(torch.ops.im2win.conv2d, given)
+
+
+@every_case
+@every_format
+def test_gradients(case, memory_format):
+    x, w, b, *rest = operands(case, memory_format=memory_format)
+    inputs = [t.requires_grad_() for t in (x, w, b) if t is not None]
+    y, expected = ours.conv2d(x, w, b, *rest), F.conv2d(x, w, b, *rest)
+    weights = torch.randint(-2, 3, y.shape).float()
+    for actual, wanted in zip(
+        torch.autograd.grad(y, inputs, weights),
+        torch.autograd.grad(expected, inputs, weights),
+        strict=True,
+    ):
+        assert_same(actual, wanted)
+
+
+def test_views_that_begin_or_step_anywhere():
+    x, w, b, *rest = operands(CASES["plain"])
+    expected = F.conv2d(x, w, b, *rest)
+    shifted = torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+    transposed = x.transpose(2, 3).contiguous().transpose(2, 3)
+    for view in (shifted, transposed):
+        assert_same(ours.conv2d(view, w, b, *rest), expected)
+    assert_same(ours.conv2d(x, w.transpose(0, 1).contiguous().transpose(0, 1), b, *rest), expected)
+    empty = x[:0]
+    assert ours.conv2d(empty, w, b, *rest).shape == F.conv2d(empty, w, b, *rest).shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, w, b: (x[0], w, b), "input of 3 and weight of 4 dimensions"),
+        (lambda x, w, b: (x[:, :2], w, b), "2 channels; weight and groups=1 take 3"),
+        (
+            lambda x, w, b: (x, w.double(), b),
+            r"weight is torch.float64 on .*, input torch.float32 on",
+        ),
+        (lambda x, w, b: (x, w, torch.ones(4)), r"bias of shape \(4,\): allowed is \(5,\)"),
+    ],
+)
+def test_operands_that_do_not_fit(change, message):
+    x, w, b, *rest = operands(CASES["plain"])
+    with pytest.raises(RuntimeError, match=message):
+        ours.conv2d(*change(x, w, b), *rest)
+    with pytest.raises(RuntimeError, match=message), torch.device("meta"):
+        ours.conv2d(*(t if t is None else t.to("meta") for t in change(x, w, b)), *rest)
+
+
+def test_autocast_and_vmap():
+    x, w, b, *rest = operands(CASES["all"])
+    with torch.autocast("cpu", torch.float16):
+        y = ours.conv2d(x, w, b, *rest)
+    assert y.dtype == torch.float16
+    assert_same(y, F.conv2d(x, w, b, *rest).half())
+    many = torch.stack([x, x + 1, -x])
+    y = torch.vmap(lambda one: ours.conv2d(one, w, b, *rest))(many)
+    assert_same(y, torch.stack([F.conv2d(one, w, b, *rest) for one in many]))
+    y = torch.vmap(lambda one: ours.conv2d(one, w, b, *rest), in_dims=4)(many.movedim(0, 4))
+    assert_same(y, torch.stack([F.conv2d(one, w, b, *rest) for one in many]))
+    with pytest.raises(NotImplementedError, match="vmap over weight or bias: allowed is vmap ov"):
+        torch.vmap(lambda one: ours.conv2d(x, one, b, *rest))(torch.stack([w, w]))
+
+
+def test_constant_weights_are_prepared_again_when_pytorch_counts_a_change():
+    x, w, b, *rest = operands(CASES["all"])
+
+    def both(w):
+        actual = ours.conv2d(x, w, b, *rest, constant_weight=True)
+        assert_same(actual, F.conv2d(x, w, b, *rest))
+
+    both(w)
+    held = len(operator._PREPARED._held)
+    both(w)
+    assert len(operator._PREPARED._held) == held
+    with torch.no_grad():
+        w.mul_(2)
+    both(w)
+    w.data.mul_(2)  # as documented: not seen
+    actual = ours.conv2d(x, w, b, *rest, constant_weight=True)
+    assert not torch.equal(actual, F.conv2d(x, w, b, *rest))
+    key = next(k for k in operator._PREPARED._held if k[1] == w.data_ptr())
+    del w
+    other = torch.ones(6, 4, 3, 3)
+    ours.conv2d(x, other, b, *rest, constant_weight=True)
+    assert key not in operator._PREPARED._held or key[1] == other.data_ptr()
+
+
+def test_what_no_kernel_takes_is_pytorchs_and_told_once():
+    x, w, b, *rest = operands(CASES["plain"], torch.float64)
+    with pytest.warns(ours.FallbackWarning, match=r"PyTorch computes .*float64 on cpu: dtype="):
+        y = ours.conv2d(x, w, b, *rest)
+    assert_same(y, F.conv2d(x, w, b, *rest))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.conv2d(x, w, b, *rest)
+
+
+def test_a_toolchain_that_fails_costs_the_speed_alone(monkeypatch):
+    def fails(*_, **__):
+        raise OSError("no compiler today")
+
+    monkeypatch.setattr("im2win_tvm.compiler.compile", fails)
+    x, w, b, *rest = operands(CASES["plain"])
+    with pytest.warns(ours.FallbackWarning, match="no compiler today"):
+        assert_same(ours.conv2d(x, w, b, *rest), F.conv2d(x, w, b, *rest))
+
+
+MODULES = {
+    "plain": dict(in_channels=3, out_channels=8, kernel_size=3, padding=1),
+    "same": dict(in_channels=3, out_channels=6, kernel_size=(3, 5), padding="same", bias=False),
+    "valid": dict(in_channels=6, out_channels=6, kernel_size=3, padding="valid", groups=3),
+}
+
+
+@pytest.mark.parametrize("options", MODULES.values(), ids=MODULES)
+def test_module_is_as_pytorchs(options):
+    torch.manual_seed(3)
+    theirs, mine = nn.Conv2d(**options), ours.Conv2d(**options)
+    assert mine.load_state_dict(theirs.state_dict()).missing_keys == []
+    assert list(mine.state_dict()) == list(theirs.state_dict())
+    x = torch.randn(2, options["in_channels"], 9, 8)
+    torch.testing.assert_close(mine(x), theirs(x))
+    torch.testing.assert_close(mine(x[0]), theirs(x[0]))
+    frozen = ours.Conv2d.of(theirs).freeze()
+    torch.testing.assert_close(frozen(x), theirs(x))
+    with torch.no_grad():
+        theirs.weight += 1  # shared
+    torch.testing.assert_close(frozen(x), theirs(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(padding_mode="circular"), "padding_mode='circular': allowed is 'zeros'"),
+        (dict(padding="same"), "one more after than before"),
+    ],
+)
+def test_modules_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ours.Conv2d(3, 4, 2, **options)
+    with pytest.raises(ValueError, match=message):
+        ours.Conv2d.of(nn.Conv2d(3, 4, 2, **options))
+
+
+class Model(nn.Module):
+    """Convolutions of all kinds: one twice, one with two names, one never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.twice = nn.Conv2d(8, 8, 3, padding=1)
+        self.again = self.twice
+        self.odd = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+        self.unused = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return self.odd(self.again(self.twice(self.stem(x)))).mean((2, 3))
+
+
+def test_convert_replaces_what_is_faster(monkeypatch):
+    torch.manual_seed(1)
+    model, x = Model().eval(), torch.randn(2, 3, 12, 10)
+    expected = model(x)
+    times = {"stem.0": (1e-3, 2e-3), "twice": (3e-3, 2e-3)}
+    asked = iter([times["stem.0"], times["twice"], (1e-3, 1e-3)])
+    monkeypatch.setattr("im2win_tvm.torch.conversion._times", lambda *_: next(asked))
+    report = ours.convert(model, x)
+    assert [(e.name, e.replaced) for e in report.modules] == [
+        ("stem.0", True), ("twice", False), ("odd", False), ("unused", False),
+    ]  # fmt: skip
+    assert type(model.stem[0]) is ours.Conv2d and type(model.twice) is nn.Conv2d
+    torch.testing.assert_close(model(x), expected)
+    for text in ("1 of 4", "1000.0 us     2000.0 us  2.00x", "0.75x", "'reflect'", "did not call"):
+        assert text in str(report)
+
+
+def test_convert_without_inputs_and_compiled_whole():
+    torch.manual_seed(1)
+    model, x = Model().eval(), torch.randn(2, 3, 12, 10)
+    expected = model(x)
+    report = ours.convert(model, freeze=True)
+    assert [e.replaced for e in report.modules] == [True, True, False, True]
+    assert model.again is model.twice and type(model.twice) is ours.Conv2d
+    assert not model.twice.weight.requires_grad
+    for given in (x, x.to(memory_format=torch.channels_last)):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(given), expected)
+
+
+def test_convert_measures():
+    model, x = nn.Sequential(nn.Conv2d(3, 5, 3)), torch.randn(1, 3, 8, 8)
+    [entry] = ours.convert(model, x).modules
+    assert entry.ours_us > 0 and entry.theirs_us > 0
+    assert entry.replaced == (entry.ours_us < entry.theirs_us)
+
+
+def test_training_follows_pytorch():
+    """Ten steps of a small network: the losses of both."""
+
+    def losses(make):
+        torch.manual_seed(5)
+        model = nn.Sequential(
+            make(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+            make(8, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 5 * 5, 4),
+        )  # fmt: skip
+        x, labels = torch.randn(16, 1, 12, 12), torch.randint(0, 4, (16,))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        found = []
+        for _ in range(10):
+            loss = F.cross_entropy(model(x), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    mine, theirs = losses(ours.Conv2d), losses(nn.Conv2d)
+    assert mine[-1] < mine[0] / 2
+    np.testing.assert_allclose(mine, theirs, rtol=1e-3)
+
+
+PROBLEM = ConvProblem(1, 3, (6, 7), 4, 3)
+
+
+def compiled_times(monkeypatch, cache, threads=1, **options):
+    """How often the compiler is called for one kernel."""
+    from im2win_tvm import compiler
+
+    calls, real = [], compiler.compile
+
+    def counted(*arguments, **keywords):
+        calls.append(arguments)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(compiler, "compile", counted)
+    target = resolve("llvm")
+    workers = [
+        threading.Thread(target=cache.get, args=(PROBLEM, target), kwargs=options)
+        for _ in range(threads)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    kernel = cache.get(PROBLEM, target, **options)
+    x, w = torch.ones(PROBLEM.input_shape), torch.ones(PROBLEM.weight_shape)
+    if not options:
+        assert (kernel(x, w) == 27).all()
+    monkeypatch.setattr(compiler, "compile", real)
+    return len(calls)
+
+
+def test_cache_is_of_memory_and_disk(monkeypatch, folder):
+    cache = KernelCache()
+    assert compiled_times(monkeypatch, cache, threads=4) == 1
+    assert compiled_times(monkeypatch, cache) == 0
+    assert compiled_times(monkeypatch, KernelCache()) == 0
+    [entry] = folder.iterdir()
+    assert compiled_times(monkeypatch, KernelCache(), epilogue=Epilogue(activation="relu")) == 1
+    # Cut short, then of another problem: both count as none, and are replaced.
+    whole = entry.read_bytes()
+    for wrong in (whole[:1000], b""):
+        entry.unlink()
+        entry.write_bytes(wrong)
+        assert compiled_times(monkeypatch, KernelCache()) == 1
+        assert len(entry.read_bytes()) == len(whole)
+
+
+def test_cache_without_a_place(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(kernel_cache.VARIABLE, str(tmp_path / "file" / "folder"))
+    assert compiled_times(monkeypatch, KernelCache()) == 1
+
+
+def test_new_records_and_versions_are_other_kernels(monkeypatch, tmp_path):
+    target = resolve("llvm")
+
+    def name(accuracy=None):
+        return kernel_cache._name(PROBLEM, target, accuracy, Epilogue())
+
+    first = name()
+    assert name() == first != name("tf32")
+    logs = tmp_path / "logs" / "device"
+    logs.mkdir(parents=True)
+    (logs / "one.jsonl").write_text("{}\n")
+    monkeypatch.setenv("IM2WIN_TUNING_LOGS", str(tmp_path / "logs"))
+    second = name()
+    assert second != first
+    monkeypatch.setattr(kernel_cache, "package_version", lambda _: "0")
+    assert name() not in (first, second)
+
+
+def test_processes_share_a_cache(folder):
+    code = (
+        "import sys, torch, im2win_tvm.torch as ours\n"
+        "y = ours.conv2d(torch.ones(1, 3, 6, 7), torch.ones(4, 3, 3, 3))\n"
+        "sys.exit(not bool((y == 27).all()))\n"
+    )
+    running = [
+        subprocess.Popen([sys.executable, "-W", "error", "-c", code], cwd=Path(__file__).parents[1])
+        for _ in range(2)
+    ]
+    assert [process.wait(120) for process in running] == [0, 0]
+    assert [path.suffix for path in folder.iterdir()] == [".so"]
