@@ -37,5 +37,5 @@ $(BASE): pyproject.toml | $(BIN)/python
 	touch $@
 
 $(DEV): pyproject.toml constraints-dev.txt | $(BIN)/python
-	$(PIP) -c constraints-dev.txt -e '.[dev,torch]'
+	$(PIP) -c constraints-dev.txt -e '.[dev,torch,onnx]'
 	touch $@ $(BASE)

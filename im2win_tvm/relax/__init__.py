@@ -1,0 +1,12 @@
+"""Convolutions of Relax models, TVM's model IR, by kernels of im2win_tvm.
+
+pass_ = im2win_tvm.relax.UseIm2win("llvm")
+module = pass_(module)                  # before anything that legalizes or fuses
+print(pass_.report)
+executable = im2win_tvm.relax.build(module, "llvm")
+"""
+
+from .build import build
+from .use_im2win import Layer, Report, UseIm2win
+
+__all__ = ["Layer", "Report", "UseIm2win", "build"]

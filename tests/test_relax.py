@@ -1,0 +1,296 @@
+"""Relax models with our kernels, from PyTorch and ONNX, against PyTorch's outputs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax
+
+from im2win_tvm.relax import UseIm2win, build
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+nn, F = torch.nn, torch.nn.functional
+ROOT = Path(__file__).parents[1]
+
+
+def imported(model, *inputs, **options):
+    from tvm.relax.frontend.torch import from_exported_program
+
+    return from_exported_program(torch.export.export(model, inputs, **options))
+
+
+def outputs(module, *inputs):
+    machine = relax.VirtualMachine(build(module, "llvm"), tvm.cpu())
+    out = machine["main"](*(tvm.runtime.tensor(x.numpy()) for x in inputs))
+    return (out if hasattr(out, "numpy") else out[0]).numpy()
+
+
+def operators(module):
+    """Names of the operators that are left in the functions of a module."""
+    found = []
+
+    def visit(expr):
+        if isinstance(expr, relax.Call) and hasattr(expr.op, "name"):
+            found.append(expr.op.name)
+
+    for function in module.functions.values():
+        if isinstance(function, relax.Function):
+            relax.analysis.post_order_visit(function, visit)
+    return found
+
+
+def assert_replaced(model, *inputs, layout="NHWC", expected=None):
+    """Every convolution is ours, with what `expected` says of each, and the outputs are right."""
+    torch.manual_seed(2)
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean):
+                nn.init.normal_(tensor)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    rewrite = UseIm2win("llvm", layout=layout)
+    module = rewrite(imported(model, *inputs))
+    assert rewrite.report.replaced == rewrite.report.layers, str(rewrite.report)
+    if expected is not None:
+        assert ["+".join(layer.operators) for layer in rewrite.report.layers] == expected
+    assert "relax.nn.conv2d" not in operators(module)
+    with torch.no_grad():
+        wanted = model(*inputs).numpy()
+    np.testing.assert_allclose(outputs(module, *inputs), wanted, rtol=1e-4, atol=1e-5)
+    return module
+
+
+class Block(nn.Module):
+    """Of a residual network: two normalised convolutions, and a shortcut that may be one."""
+
+    def __init__(self, channels, filters, stride=1):
+        super().__init__()
+        self.one = nn.Conv2d(channels, filters, 3, stride, 1, bias=False)
+        self.first = nn.BatchNorm2d(filters)
+        self.two = nn.Conv2d(filters, filters, 3, padding=1)
+        self.second = nn.BatchNorm2d(filters)
+        narrow = stride == 1 and channels == filters
+        self.shortcut = nn.Identity() if narrow else nn.Conv2d(channels, filters, 1, stride)
+
+    def forward(self, x):
+        y = self.second(self.two(F.relu(self.first(self.one(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.pool = nn.Conv2d(3, 12, 7, 2, 3), nn.MaxPool2d(3, 2, 1)
+        self.blocks = nn.Sequential(Block(12, 12), Block(12, 20, 2))
+        self.head = nn.Linear(20, 5)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.pool(F.relu(self.stem(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW", None])
+def test_residual_network(layout):
+    normalised = "conv2d+subtract+divide+multiply+add"
+    module = assert_replaced(
+        Network(),
+        torch.randn(2, 3, 33, 29),
+        layout=layout,
+        expected=[
+            "conv2d+add+relu",
+            f"{normalised}+relu",
+            # The residual of the first block is there when its second convolution is.
+            f"conv2d+add{normalised.removeprefix('conv2d')}+add+relu",
+            f"{normalised}+relu",
+            f"conv2d+add{normalised.removeprefix('conv2d')}+add+relu",
+            "conv2d+add",
+        ],
+    )
+    # Layouts change at the borders alone.
+    assert operators(module).count("relax.permute_dims") <= 3
+
+
+class Chained(nn.Module):
+    """A convolution, and functions of what it gives."""
+
+    def __init__(self, follow, **options):
+        super().__init__()
+        self.conv, self.follow = nn.Conv2d(6, 8, 3, **options), follow
+
+    def forward(self, x):
+        return self.follow(self.conv(x), x)
+
+
+SCALE = torch.linspace(-2, 3, 8)[:, None, None]
+CHAINS = {
+    "alone": (lambda y, _: y, "conv2d+add"),
+    "constant minus": (lambda y, _: F.relu(SCALE - y), "conv2d+add+subtract+relu"),
+    "scaled, shifted": (lambda y, _: y * SCALE + 2.5, "conv2d+add+multiply+add"),
+    "one over it": (lambda y, _: 1 / (y * y + 1), "conv2d+add"),
+    "divided": (lambda y, _: F.relu(y / 4.0), "conv2d+add+divide+relu"),
+    "residual": (lambda y, x: F.relu(y + x[:, :1, 1:-1, 1:-1].expand(-1, 8, -1, -1)),
+                 "conv2d+add+add+relu"),
+    "residual, then scaled": (lambda y, x: (y + x[:, :1, 1:-1, 1:-1].expand(-1, 8, -1, -1)) * SCALE,
+                              "conv2d+add+add"),
+    "twice read": (lambda y, _: y + F.relu(y), "conv2d+add"),
+    "added to itself": (lambda y, _: F.relu(y + y), "conv2d+add"),
+    "relu, then scaled": (lambda y, _: F.relu(y) * SCALE, "conv2d+add+relu"),
+    "a row added": (lambda y, _: F.relu(y + torch.arange(7.0)), "conv2d+add"),
+    "clipped": (lambda y, _: F.relu6(y), "conv2d+add"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("follow", "expected"), CHAINS.values(), ids=CHAINS)
+def test_what_is_computed_with_a_convolution(follow, expected):
+    """And what is not, for it would change what others read."""
+    assert_replaced(Chained(follow), torch.randn(2, 6, 8, 9), expected=[expected], layout="NCHW")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(groups=2, bias=False),
+        dict(dilation=(1, 2), padding=(2, 1)),
+        dict(stride=(3, 2), padding="valid"),
+    ],
+    ids=str,
+)
+def test_kinds_of_convolutions(options):
+    assert_replaced(Chained(lambda y, _: F.relu(y), **options), torch.randn(1, 6, 11, 9))
+
+
+def test_filters_that_are_inputs():
+    class Given(nn.Module):
+        def forward(self, x, w):
+            return F.relu(F.conv2d(x, w, padding=1))
+
+    x, w = torch.randn(2, 4, 7, 8), torch.randn(5, 4, 3, 3)
+    rewrite = UseIm2win("llvm", layout=None)
+    module = rewrite(imported(Given(), x, w))
+    [layer] = rewrite.report.replaced
+    assert layer.operators == ["conv2d", "relu"]
+    expected = Given()(x, w).numpy()
+    np.testing.assert_allclose(outputs(module, x, w), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_stays_tvms_own():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv1d(3, 3, 3, padding=1), nn.ConvTranspose2d(3, 4, 2)
+            self.three = nn.Conv2d(4, 5, 3)
+
+        def forward(self, x):
+            y = self.two(self.one(x.flatten(2)).view(x.shape))
+            return self.three(y)
+
+    model, x = Mixed().eval(), torch.randn(1, 3, 6, 7)
+    asked = []
+
+    def keep(problem, choice):
+        asked.append((str(problem), choice.schedule.name))
+        return "it was asked to"
+
+    rewrite = UseIm2win("llvm", keep=keep)
+    module = rewrite(imported(model, x))
+    assert not rewrite.report.replaced
+    reasons = {layer.operators[0]: layer.origin for layer in rewrite.report.layers}
+    assert reasons["conv2d"] == "it was asked to"
+    assert "conv1d: allowed is conv2d" in reasons["conv1d"]
+    assert "conv2d_transpose: allowed is conv2d" in reasons["conv2d_transpose"]
+    assert asked == [("mb1ic4ih7iw8oc5kh3kw3", "cpu_blocked")]
+    assert "0 of 3 convolutions replaced" in str(rewrite.report)
+    with torch.no_grad():
+        expected = model(x).numpy()
+    np.testing.assert_allclose(outputs(module, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_of_any_size_stay_tvms_own():
+    model, x = Chained(lambda y, _: F.relu(y)).eval(), torch.randn(2, 6, 8, 9)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    module = imported(model, x, dynamic_shapes={"x": {0: batch}})
+    rewrite = UseIm2win("llvm")
+    module = rewrite(module)
+    [layer] = rewrite.report.layers
+    assert layer.schedule is None and "allowed are numbers" in layer.origin
+    for n in (1, 3):
+        x = torch.randn(n, 6, 8, 9)
+        with torch.no_grad():
+            expected = model(x).numpy()
+        np.testing.assert_allclose(outputs(module, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layout_is_checked():
+    with pytest.raises(ValueError, match="layout='HWC': allowed are 'NHWC', 'NCHW' and None"):
+        UseIm2win("llvm", layout="HWC")
+
+
+def test_onnx():
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    from onnx import TensorProto, helper, numpy_helper
+    from tvm.relax.frontend.onnx import from_onnx
+
+    rng = np.random.default_rng(3)
+    w, b = rng.standard_normal((8, 3, 3, 3), "float32"), rng.standard_normal(8, "float32")
+    graph = helper.make_graph(
+        [
+            helper.make_node(
+                "Conv",
+                ["x", "w", "b"],
+                ["y"],
+                pads=[1, 0, 2, 1],
+                strides=[2, 1],
+                kernel_shape=[3, 3],
+            ),
+            helper.make_node("Relu", ["y"], ["z"]),
+        ],
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 9, 8])],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, [1, 8, 5, 7])],
+        [numpy_helper.from_array(w, "w"), numpy_helper.from_array(b, "b")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model)
+    rewrite = UseIm2win("llvm")
+    module = rewrite(from_onnx(model, keep_params_in_input=False))
+    [layer] = rewrite.report.replaced
+    assert layer.operators == ["conv2d", "add", "relu"]
+    x = torch.randn(1, 3, 9, 8)
+    expected = F.relu(
+        F.conv2d(F.pad(x, (0, 1, 1, 2)), torch.tensor(w), torch.tensor(b), stride=(2, 1))
+    )
+    np.testing.assert_allclose(outputs(module, x), expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_exported_and_run_in_another_process(tmp_path):
+    model, x = Network().eval(), torch.randn(1, 3, 33, 29)
+    executable = build(UseIm2win("llvm")(imported(model, x)), "llvm")
+    executable.export_library(str(tmp_path / "network.so"))
+    np.save(tmp_path / "x.npy", x.numpy())
+    code = (
+        "import sys, numpy as np, tvm\n"
+        "library = tvm.runtime.load_module(sys.argv[1] + '/network.so')\n"
+        "machine = tvm.relax.VirtualMachine(library, tvm.cpu())\n"
+        "x = tvm.runtime.tensor(np.load(sys.argv[1] + '/x.npy'))\n"
+        "np.save(sys.argv[1] + '/y.npy', machine['main'](x)[0].numpy())\n"
+        "assert not any(name.startswith('im2win') for name in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT)
+    with torch.no_grad():
+        expected = model(x).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cuda_functions_are_built_without_a_gpu(tmp_path):
+    """Both languages of tensor functions, in one module."""
+    from im2win_tvm.target import CudaTarget
+
+    target = CudaTarget("sm_90a")
+    rewrite = UseIm2win(target, accuracy="tf32")
+    model = Chained(lambda y, _: F.max_pool2d(F.relu(y), 2)).eval()
+    module = rewrite(imported(model, torch.randn(2, 6, 8, 9)))
+    [layer] = rewrite.report.replaced
+    assert layer.schedule == "cuda_window_tf32"
+    assert build(module, target) is not None
