@@ -109,6 +109,12 @@ def _square(
     )
 
 
+def _depthwise(channels: int, size: int, kernel: int, stride: int = 1, count: int = 1) -> Layer:
+    """A square layer with a filter of its own for every channel."""
+    layer = _square(channels, size, channels, kernel, stride, count)
+    return Layer(layer.problem.replace(groups=channels), count)
+
+
 def _paper(rows: Iterable[tuple[int, int, int, int, int]]) -> dict[str, Layer]:
     return {f"conv{i}": _square(*row, padding=0) for i, row in enumerate(rows, start=1)}
 
@@ -189,6 +195,44 @@ SUITES: dict[str, Suite] = {
                 "conv4_1": _square(256, 28, 512, 3),
                 "conv4_2": _square(512, 28, 512, 3, count=2),
                 "conv5_1": _square(512, 14, 512, 3, count=3),
+            },
+        ),
+        Suite(
+            "stems",
+            "the first layers of ResNet-50, VGG-16, MobileNetV2, ConvNeXt-T and ViT-B/16",
+            32,
+            {
+                "resnet50": _square(3, 224, 64, 7, 2),
+                "vgg16": _square(3, 224, 64, 3),
+                "mobilenet_v2": _square(3, 224, 32, 3, 2),
+                "convnext_tiny": _square(3, 224, 96, 4, 4, padding=0),
+                "vit_b_16": _square(3, 224, 768, 16, 16, padding=0),
+            },
+        ),
+        Suite(
+            "depthwise",
+            "the distinct depthwise convolutions of MobileNetV2 and ConvNeXt-T at 224x224, and the "
+            "large ones of RepLKNet-31B",
+            128,
+            {
+                "mobilenet-32": _depthwise(32, 112, 3),
+                "mobilenet-96-first": _depthwise(96, 112, 3, 2),
+                "mobilenet-144": _depthwise(144, 56, 3),
+                "mobilenet-144-first": _depthwise(144, 56, 3, 2),
+                "mobilenet-192": _depthwise(192, 28, 3, count=2),
+                "mobilenet-192-first": _depthwise(192, 28, 3, 2),
+                "mobilenet-384": _depthwise(384, 14, 3, count=4),
+                "mobilenet-576": _depthwise(576, 14, 3, count=2),
+                "mobilenet-576-first": _depthwise(576, 14, 3, 2),
+                "mobilenet-960": _depthwise(960, 7, 3, count=3),
+                "convnext-96": _depthwise(96, 56, 7, count=3),
+                "convnext-192": _depthwise(192, 28, 7, count=3),
+                "convnext-384": _depthwise(384, 14, 7, count=9),
+                "convnext-768": _depthwise(768, 7, 7, count=3),
+                "replknet-128": _depthwise(128, 56, 31, count=2),
+                "replknet-256": _depthwise(256, 28, 29, count=2),
+                "replknet-512": _depthwise(512, 14, 27, count=18),
+                "replknet-1024": _depthwise(1024, 7, 13, count=2),
             },
         ),
     )

@@ -133,6 +133,8 @@ def test_suites():
         assert sum(counts.values()) == layers
         assert sum(p.flops * counts[title] for title, p in problems.items()) == 2 * macs
         assert len(set(problems.values())) == len(problems)
+    assert suite("stems", dtype="float16")["vgg16"] == layer("vgg16", "conv1_1", dtype="float16")
+    assert layer("stems", "vit_b_16").output_shape == (32, 768, 14, 14)
     chosen = suite("vgg16", batch=3, dtype="float16", layout="NHWC")["conv1_1"]
     assert chosen.input_shape == (3, 224, 224, 3) and chosen.dtype == "float16"
 

@@ -227,43 +227,6 @@ def test_layout_is_checked():
         UseIm2win("llvm", layout="HWC")
 
 
-def test_onnx():
-    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
-    from onnx import TensorProto, helper, numpy_helper
-    from tvm.relax.frontend.onnx import from_onnx
-
-    rng = np.random.default_rng(3)
-    w, b = rng.standard_normal((8, 3, 3, 3), "float32"), rng.standard_normal(8, "float32")
-    graph = helper.make_graph(
-        [
-            helper.make_node(
-                "Conv",
-                ["x", "w", "b"],
-                ["y"],
-                pads=[1, 0, 2, 1],
-                strides=[2, 1],
-                kernel_shape=[3, 3],
-            ),
-            helper.make_node("Relu", ["y"], ["z"]),
-        ],
-        "graph",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 9, 8])],
-        [helper.make_tensor_value_info("z", TensorProto.FLOAT, [1, 8, 5, 7])],
-        [numpy_helper.from_array(w, "w"), numpy_helper.from_array(b, "b")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    onnx.checker.check_model(model)
-    rewrite = UseIm2win("llvm")
-    module = rewrite(from_onnx(model, keep_params_in_input=False))
-    [layer] = rewrite.report.replaced
-    assert layer.operators == ["conv2d", "add", "relu"]
-    x = torch.randn(1, 3, 9, 8)
-    expected = F.relu(
-        F.conv2d(F.pad(x, (0, 1, 1, 2)), torch.tensor(w), torch.tensor(b), stride=(2, 1))
-    )
-    np.testing.assert_allclose(outputs(module, x), expected.numpy(), rtol=1e-4, atol=1e-5)
-
-
 def test_exported_and_run_in_another_process(tmp_path):
     model, x = Network().eval(), torch.randn(1, 3, 33, 29)
     executable = build(UseIm2win("llvm")(imported(model, x)), "llvm")
@@ -294,3 +257,82 @@ def test_cuda_functions_are_built_without_a_gpu(tmp_path):
     [layer] = rewrite.report.replaced
     assert layer.schedule == "cuda_window_tf32"
     assert build(module, target) is not None
+
+
+def onnx_model():
+    """One convolution with a bias and ReLU, and its expected output for an input."""
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(3)
+    w, b = rng.standard_normal((8, 3, 3, 3), "float32"), rng.standard_normal(8, "float32")
+    attributes = dict(pads=[1, 0, 2, 1], strides=[2, 1], kernel_shape=[3, 3])
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["x", "w", "b"], ["y"], **attributes),
+            helper.make_node("Relu", ["y"], ["z"]),
+        ],
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 9, 8])],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, [1, 8, 5, 7])],
+        [numpy_helper.from_array(w, "w"), numpy_helper.from_array(b, "b")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.checker.check_model(model)
+    x = torch.randn(1, 3, 9, 8)
+    y = F.conv2d(F.pad(x, (0, 1, 1, 2)), torch.tensor(w), torch.tensor(b), stride=(2, 1))
+    return model, x, F.relu(y).numpy()
+
+
+def test_onnx():
+    from tvm.relax.frontend.onnx import from_onnx
+
+    model, x, expected = onnx_model()
+    rewrite = UseIm2win("llvm")
+    module = rewrite(from_onnx(model, keep_params_in_input=False))
+    [layer] = rewrite.report.replaced
+    assert layer.operators == ["conv2d", "add", "relu"]
+    np.testing.assert_allclose(outputs(module, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def im2win(*arguments):
+    command = [sys.executable, "-W", "ignore", "-m", "im2win_tvm", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_models_in_files_are_exported(suffix, tmp_path):
+    path, library = tmp_path / f"model.{suffix}", tmp_path / "model.so"
+    if suffix == "onnx":
+        model, x, expected = onnx_model()
+        path.write_bytes(model.SerializeToString())
+    else:
+        model, x = Chained(lambda y, _: F.relu(y)).eval(), torch.randn(1, 6, 8, 9)
+        torch.export.save(torch.export.export(model, (x,)), path)
+        with torch.no_grad():
+            expected = model(x).numpy()
+    done = im2win("export", path, "-o", library, "--target", "llvm")
+    assert done.returncode == 0, done.stderr
+    assert "1 of 1 convolutions replaced" in done.stdout and "conv2d+add+relu" in done.stdout
+    machine = relax.VirtualMachine(tvm.runtime.load_module(str(library)), tvm.cpu())
+    out = machine["main"](tvm.runtime.tensor(x.numpy()))
+    out = out if hasattr(out, "numpy") else out[0]
+    np.testing.assert_allclose(out.numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "message"),
+    [
+        ((), None, "there is no such file"),
+        ((), b"not a model", "cannot be imported"),
+        (("--dtype", "float16"), None, "--dtype: not allowed with a model"),
+    ],
+)
+def test_models_that_are_refused(options, text, message, tmp_path):
+    path = tmp_path / "model.onnx"
+    if text is not None:
+        pytest.importorskip("onnx", reason="onnx is not installed")
+        path.write_bytes(text)
+    done = im2win("export", path, "-o", tmp_path / "model.so", "--target", "llvm", *options)
+    assert done.returncode == 2 and message in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "model.so").exists()

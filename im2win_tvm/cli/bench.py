@@ -10,6 +10,7 @@ import typer
 
 from .options import (
     PROBLEM_HELP,
+    SUITE_NAMES,
     AccuracyOption,
     ArchOption,
     ConfigOption,
@@ -32,7 +33,7 @@ def bench(
     ] = None,
     suite: Annotated[
         str | None,
-        typer.Option("--suite", help="paper, resnet50 or vgg16. Default without PROBLEM: paper."),
+        typer.Option("--suite", help=f"{SUITE_NAMES}. Default without PROBLEM: paper."),
     ] = None,
     batch: Annotated[
         int | None,

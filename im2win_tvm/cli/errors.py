@@ -35,7 +35,11 @@ def _refusals() -> tuple[type[Exception], ...]:
     from ..toolchain import ToolchainError
     from ..tuning.measuring import TuningError
 
+    # Where it was not imported, nothing of it was raised.
+    models = sys.modules.get(f"{__package__.rpartition('.')[0]}.relax.models")
+
     return (
+        *([models.ModelError] if models else []),
         AccuracyError,
         ArgumentError,
         ArtifactError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,15 @@ from .progress import working
 
 
 def export(
-    problem: Annotated[str, typer.Argument(help=PROBLEM_HELP)],
+    context: typer.Context,
+    problem: Annotated[
+        str,
+        typer.Argument(
+            metavar="PROBLEM|MODEL",
+            help=f"{PROBLEM_HELP} Or a model in a file: MODEL.onnx, or MODEL.pt2 by "
+            "torch.export.save.",
+        ),
+    ],
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="FILE", help="The shared library to write.")
     ],
@@ -49,10 +58,15 @@ def export(
         bool, typer.Option("--json", help="Print the metadata as JSON instead of a summary.")
     ] = False,
 ) -> None:
-    """Compile one convolution into a shared library that loads without a compiler.
+    """Compile one convolution, or a model, into a shared library that loads without a compiler.
 
-    `im2win_tvm.load(FILE)` runs it with NumPy and apache-tvm-ffi alone.
+    `im2win_tvm.load(FILE)` runs a convolution with NumPy and apache-tvm-ffi alone. A model runs in
+    TVM's virtual machine: `tvm.relax.VirtualMachine(tvm.runtime.load_module(FILE), device)`.
     """
+    if Path(problem).suffix in (".onnx", ".pt2"):
+        _refuse_options(context)
+        _export_model(Path(problem), output, target, arch, accuracy)
+        return
     from .. import compiler
     from ..epilogue import ACTIVATIONS
 
@@ -77,3 +91,33 @@ def export(
         return
     print(f"{written}: {written.stat().st_size} bytes")
     print("\n".join(summary(kernel.metadata)))
+
+
+# Options that a model decides itself.
+_OF_PROBLEMS = ("dtype", "layout", "batch", "schedule", "config", "bias", "residual", "activation",
+                "as_json")  # fmt: skip
+
+
+def _refuse_options(context: typer.Context) -> None:
+    for name in _OF_PROBLEMS:
+        if context.get_parameter_source(name).name == "COMMANDLINE":
+            option = next(p.opts[-1] for p in context.command.params if p.name == name)
+            raise typer.BadParameter(f"{option}: not allowed with a model, which has its own")
+
+
+def _export_model(
+    path: Path, output: Path, target: str | None, arch: str | None, accuracy: str | None
+) -> None:
+    from ..artifact import copy_atomically
+    from ..relax import UseIm2win, build
+    from ..relax.models import read
+    from ..target import resolve
+
+    where = resolve(target, arch=arch)
+    rewrite = UseIm2win(where, accuracy=accuracy)
+    with working(f"compiling {path}"), tempfile.TemporaryDirectory(prefix="im2win-") as folder:
+        library = Path(folder) / "model.so"
+        build(rewrite(read(path)), where).export_library(str(library))
+        written = copy_atomically(library, output)
+    print(f"{written}: {written.stat().st_size} bytes")
+    print(rewrite.report)

@@ -49,6 +49,8 @@ ConfigOption = Annotated[
         "for the others.",
     ),
 ]
+#: As `im2win_tvm.suites` has them, which a command that only shows its help does not import.
+SUITE_NAMES = "paper, resnet50, vgg16, stems or depthwise"
 PROBLEM_HELP = (
     "A oneDNN problem descriptor (mb1ic64ih56oc64kh3ph1) or a layer of a suite (paper:conv9)."
 )

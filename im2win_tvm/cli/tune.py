@@ -15,6 +15,7 @@ import typer
 from .metadata import fields
 from .options import (
     PROBLEM_HELP,
+    SUITE_NAMES,
     AccuracyOption,
     ArchOption,
     DtypeOption,
@@ -40,7 +41,7 @@ def tune(
         list[str] | None, typer.Argument(metavar="[PROBLEM]...", help=PROBLEM_HELP)
     ] = None,
     suite: Annotated[
-        str | None, typer.Option("--suite", help="Every layer of paper, resnet50 or vgg16.")
+        str | None, typer.Option("--suite", help=f"Every layer of {SUITE_NAMES}.")
     ] = None,
     batch: Annotated[
         int | None,

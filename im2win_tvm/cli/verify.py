@@ -15,6 +15,7 @@ import typer
 
 from .options import (
     PROBLEM_HELP,
+    SUITE_NAMES,
     AccuracyOption,
     ArchOption,
     BatchSizeOption,
@@ -49,7 +50,7 @@ def verify(
         ),
     ] = None,
     suite: Annotated[
-        str | None, typer.Option("--suite", help="Every layer of paper, resnet50 or vgg16.")
+        str | None, typer.Option("--suite", help=f"Every layer of {SUITE_NAMES}.")
     ] = None,
     mb: BatchSizeOption = None,
     target: TargetOption = None,
