@@ -22,7 +22,7 @@ from tvm.ir import IRModule
 from ..problem import ConvProblem
 from ..target import CudaTarget
 from .base import CONV, PREPARE, TRANSFORM, Schedule
-from .cuda_channels_last import copy_channels_last, is_needed, shape
+from .cuda_channels_last import VECTOR_BYTES, copy_channels_last, is_needed, shape
 from .cuda_window_cost import candidates, cycles
 from .cuda_window_filter import prepare
 from .cuda_window_kernel import convolve
@@ -69,7 +69,7 @@ class CudaWindow(Schedule):
                 f"groups={problem.groups}: {self.name} takes groups of {LEAST_CHANNELS} channels "
                 f"or more, these have {channels} (cuda_simt takes any)"
             )
-        if reason is None and math.prod(shape(problem)) >= MAX_ELEMENTS:
+        if reason is None and math.prod(shape(walk(problem))) >= MAX_ELEMENTS:
             reason = f"input_shape={problem.input_shape}: in whole vectors 2**31 elements or more"
         return reason or self.check(SMALLEST, problem, target)
 
@@ -106,7 +106,7 @@ class CudaWindow(Schedule):
         room = min(given.consumer - OTHER_REGISTERS, given.launched - WGMMA_REGISTERS)
         if c.sums > room:
             return f"blocks={c.blocks}: {c.sums} sums a thread, there is room for {room}"
-        walked = folded(problem)
+        walked = walk(problem)
         g = Geometry(walked, c)
         reason = g.tensor_map.reason()
         if reason is not None:
@@ -128,27 +128,62 @@ class CudaWindow(Schedule):
         return None
 
     def configs(self, problem: ConvProblem, target: CudaTarget):
-        for config in candidates(folded(problem)):
+        for config in candidates(walk(problem)):
             if self.check(config, problem, target) is None:
                 yield config
 
     def default(self, problem: ConvProblem, target: CudaTarget) -> Config:
-        walked = folded(problem)
+        walked = walk(problem)
         costs = {c: _cost(walked, c, target) for c in candidates(walked)}
         # Most are valid, and a check takes longer than an estimate.
         ranked = sorted(costs, key=costs.__getitem__)
         return next((c for c in ranked if self.check(c, problem, target) is None), SMALLEST)
 
     def estimate(self, problem: ConvProblem, config: Config, target: CudaTarget) -> float:
-        return _cost(folded(problem), config, target)
+        return _cost(walk(problem), config, target)
 
     def schedule(self, problem, config, target, epilogue):
-        walked = folded(problem)
-        module = {PREPARE: prepare(walked, config)}
-        if is_needed(problem):
+        walked = walk(problem)
+        module = {PREPARE: prepare(walked, config, problem)}
+        if is_needed(walked):
             module[TRANSFORM] = copy_channels_last(problem)
         module[CONV] = convolve(walked, config, epilogue, problem, grid(walked, config, target))
         return IRModule(module)
+
+
+def walk(problem: ConvProblem) -> ConvProblem:
+    """The problem as the kernel walks through it: the same numbers in the same places."""
+    return patched(problem) or folded(problem)
+
+
+def patched(problem: ConvProblem) -> ConvProblem | None:
+    """Where windows neither overlap nor leave anything out: their columns' channels as channels.
+
+    A row of windows is an image of as many rows as a window has, and a column for each window. None
+    where the problem is not like that, or a window's row is no whole vectors.
+    """
+    p, (rows, columns) = problem, problem.kernel_size
+    divided = all(n % k == 0 for n, k in zip(p.input_size, p.kernel_size, strict=True))
+    wide = columns * p.in_channels
+    if (
+        p.kernel_size != p.stride
+        or not divided
+        or any(map(any, p.padding))
+        or columns == 1
+        or p.groups > 1
+        or not p.channels_last
+        or wide * p.itemsize % VECTOR_BYTES
+    ):
+        return None
+    height, width = p.output_size
+    return p.replace(
+        batch=p.batch * height,
+        in_channels=wide,
+        input_size=(rows, width),
+        kernel_size=(rows, 1),
+        stride=1,
+        dilation=1,
+    )
 
 
 def folded(problem: ConvProblem) -> ConvProblem:

@@ -8,9 +8,11 @@ from .cuda_window_tiles import Config, Geometry
 from .hopper import ATOM_ROWS, ROW_BYTES
 
 
-def prepare(problem: ConvProblem, config: Config):
+def prepare(problem: ConvProblem, config: Config, whole: ConvProblem):
     """w -> packed, see `packed_tiles`. Runs once.
 
+    problem: as the kernel walks through it; whole: as w is shaped. Where columns of the window are
+    channels to the kernel, these are the columns' channels one after the other.
     A tile holds a row of input channels of one tap for block_m output channels; tiles are in order
     of output channels (groups outermost), then of input channels, then of taps as `Geometry.order`
     has them. The 16-byte chunks of a row are exchanged by the row's number among eight; channels
@@ -19,19 +21,21 @@ def prepare(problem: ConvProblem, config: Config):
     g = Geometry(problem, config)
     chunk = 16 // problem.itemsize
     taps, inputs = len(g.order), problem.in_channels // problem.groups
-    w = te.placeholder(problem.weight_shape, problem.dtype, name="w")
+    w = te.placeholder(whole.weight_shape, problem.dtype, name="w")
+    columns_are_channels = problem.kernel_size != whole.kernel_size
 
     def element(tile, row, place, held):
         block, k_tile = tile // g.filter_tiles, tile % g.filter_tiles
         o = block % g.m_tiles * config.block_m + channel_of_row(g, row)
         c = k_tile // taps * g.row_channels + (place ^ (row % ATOM_ROWS)) * chunk + held
+        inside = tirx.all(o < g.per_group, c < inputs)
         u, v = _tap(g, k_tile % taps)
+        if columns_are_channels:
+            c, v = c % whole.in_channels, c // whole.in_channels
         value = w[block // g.m_tiles * g.per_group + o, c, u, v]
         if problem.dtype == "float32":
             value = _rounded(value)
-        return tirx.if_then_else(
-            tirx.all(o < g.per_group, c < inputs), value, tirx.const(0, problem.dtype)
-        )
+        return tirx.if_then_else(inside, value, tirx.const(0, problem.dtype))
 
     packed = te.compute(packed_tiles(g), element, name="packed")
     return elementwise([w, packed], "packed")

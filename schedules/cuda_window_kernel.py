@@ -44,6 +44,7 @@ def convolve(
     g, c = Geometry(problem, config), config
     DTYPE = problem.dtype
     outputs, packed_shape = math.prod(whole.output_shape), packed_tiles(g)
+    SOURCE = shape(whole) if is_needed(problem) else whole.input_shape
     CONSUMERS, SPLIT, GRID, TILES = c.consumers, c.split, grid, g.tiles
     COPIES, FILTER_TILES, FILTER = g.copies, g.filter_tiles, math.prod(packed_shape[1:])
     MAP, REGISTERS = g.tensor_map, registers(CONSUMERS, c.blocks)
@@ -57,7 +58,7 @@ def convolve(
     # fmt: off
     @T.prim_func
     def function(
-        x: T.Buffer(shape(whole), DTYPE),
+        x: T.Buffer(SOURCE, DTYPE),
         packed: T.Buffer(packed_shape, DTYPE),
         bias: T.Buffer((whole.out_channels,), DTYPE),
         residual: T.Buffer(whole.output_shape, DTYPE),
@@ -257,7 +258,7 @@ def convolve(
     # fmt: on
 
     x = function.params[0]
-    copied = is_needed(whole)
+    copied = is_needed(problem)
     source = tirx.decl_buffer(x.shape, x.dtype, "nhwc") if copied else x
     body = tvm_ffi.structural_map(function.body, (Var, lambda v: source if v.same_as(x) else v))
     unused = ("" if epilogue.bias else "bias", "" if epilogue.residual else "residual")

@@ -25,7 +25,7 @@ _TFLOAT32 = 11
 # Limits of a tensor map: entries of a box, and steps between the elements that it takes.
 MAX_BOX, MAX_STEP = 256, 8
 
-# Registers of a multiprocessor, and the most of a thread in eights (CUDA C++ Programming Guide, 9.0).
+# Registers of a multiprocessor, and the most of a thread, in eights (CUDA C++ Programming Guide).
 _REGISTERS, _MOST = 65536, 248
 
 

@@ -15,7 +15,7 @@ from im2win_tvm import lower, suites, toolchain
 from im2win_tvm.epilogue import NONE, Epilogue
 from im2win_tvm.problem import ConvProblem
 from im2win_tvm.schedules import SCHEDULES, ScheduleError
-from im2win_tvm.schedules.cuda_window import folded, grid
+from im2win_tvm.schedules.cuda_window import folded, grid, walk
 from im2win_tvm.schedules.cuda_window_tiles import Config, Geometry
 from im2win_tvm.target import CudaTarget
 
@@ -369,3 +369,27 @@ def test_orders_of_taps_are_told_apart():
     assert prepare_hash(problem, dense) != first
     # Another batch, and another epilogue's tiles, change nothing.
     assert prepare_hash(problem.replace(batch=5), Config(5, 2, 8, pixel_stages=3)) == first
+
+
+PATCHES = {
+    "16 x 16": ConvProblem(2, 3, (16, 32), 20, (4, 16), (4, 16), dtype="float16", layout="NHWC"),
+    "even": ConvProblem(2, 4, (6, 12), 24, (3, 2), (3, 2), dtype="bfloat16", layout="NHWC"),
+    "tf32": ConvProblem(3, 1, (8, 16), 12, (2, 4), (2, 4), dtype="float32", layout="NHWC"),
+}
+
+
+@pytest.mark.parametrize("problem", PATCHES.values(), ids=PATCHES)
+def test_windows_side_by_side_are_read_in_place(problem):
+    """Columns of a window as channels: no copy, even of three channels."""
+    walked = walk(problem)
+    rows, columns = problem.kernel_size
+    assert (walked.in_channels, walked.kernel_size) == (columns * problem.in_channels, (rows, 1))
+    assert walked.flops == problem.flops
+    assert_equal(problem, epilogue=FULL)
+    for other in (
+        problem.replace(layout="NCHW"),
+        problem.replace(padding=((0, rows), (0, 0))),
+        problem.replace(input_size=(problem.input_size[0] + 1, problem.input_size[1])),
+        problem.replace(stride=(rows, columns + 1)),
+    ):
+        assert walk(other) == other
