@@ -75,7 +75,8 @@ def select(
     """A schedule that takes the problem, and its configuration.
 
     schedule: the name of one in SCHEDULES, or any Schedule; None is that with the fastest tuning
-    record, or the first that takes the problem. config: the schedule's own Config, or a dict of
+    record, or without one the first that takes the problem, unless models of the time of that and
+    of another say that the other is faster. config: the schedule's own Config, or a dict of
     its fields, of which missing ones take the heuristic's value; None is the tuning record's, or
     the heuristic's where there is no record. accuracy: as in `im2win_tvm.compile`; for tf32 the
     schedules that compute in it come first. Those of fp32 have a turn where none of them takes the
@@ -90,8 +91,9 @@ def select(
         return Choice(supported[first], config, offer.rejected(first))
     found = _found(problem, target, supported)
     if found.best is None:
-        config = supported[first].default(problem, target)
-        return Choice(supported[first], config, offer.rejected(first), HEURISTIC, found.missed)
+        name, config, slower = _predicted(problem, target, supported)
+        rejected = offer.rejected(name) | slower
+        return Choice(supported[name], config, rejected, HEURISTIC, found.missed)
     name = found.best.record.schedule
     return Choice(
         supported[name],
@@ -181,6 +183,33 @@ def _found(problem: ConvProblem, target: Target, supported: dict[str, Schedule])
         return found
     together = find(problem, target, supported)
     return together if preferred.keys() & together.matches else found
+
+
+def _predicted(
+    problem: ConvProblem, target: Target, supported: dict[str, Schedule]
+) -> tuple[str, Any, dict[str, str]]:
+    """The schedule of the preferred class that is the fastest by its model, and its configuration.
+
+    The first one, if it has no model of the time. Those that were slower come with the reason.
+    """
+    first = next(iter(supported.values()))
+    wanted = first.accuracy(problem)
+    timed = {}
+    for name, schedule in supported.items():
+        if schedule.accuracy(problem) == wanted:
+            config = schedule.default(problem, target)
+            time = schedule.microseconds(problem, config, target)
+            if time is None and schedule is first:
+                return name, config, {}
+            if time is not None:
+                timed[name] = time, config
+    best = min(timed, key=lambda name: timed[name][0])
+    slower = {
+        name: f"{time:.1f} us predicted, {best} {timed[best][0]:.1f}"
+        for name, (time, _) in timed.items()
+        if name != best
+    }
+    return best, timed[best][1], slower
 
 
 def _slower(found: Found, supported: dict[str, Schedule]) -> dict[str, str]:

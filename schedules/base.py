@@ -47,6 +47,13 @@ class Schedule(ABC):
         """The cost of a valid configuration by a model, to rank it by; None: there is no model."""
         return None
 
+    def microseconds(self, problem: ConvProblem, config: Any, target: Target) -> float | None:
+        """The time of a call by a model that was fitted to measurements, to choose schedules by.
+
+        None: there is no such model.
+        """
+        return None
+
     @abstractmethod
     def schedule(self, problem: ConvProblem, config: Any, target: Target, epilogue: Epilogue):
         """The `tvm.IRModule`; called by `build` with what has passed `supports` and `check`."""

@@ -26,7 +26,14 @@ from ..problem import ConvProblem
 from ..target import CudaTarget
 from .base import CONV, PREPARE, TRANSFORM, Schedule
 from .cuda_elementwise import im2win_elements, write_im2win
-from .cuda_simt_async_cost import estimated_cycles, registers, resident_blocks, resident_warps
+from .cuda_simt_async_cost import (
+    CLOCK,
+    LAUNCH,
+    estimated_cycles,
+    registers,
+    resident_blocks,
+    resident_warps,
+)
 from .cuda_simt_async_kernel import convolve, prepare
 from .cuda_simt_async_tiles import (
     MAX_TABLE_SIZE,
@@ -161,6 +168,11 @@ class CudaSimtAsync(Schedule):
 
     def estimate(self, problem: ConvProblem, config: Config, target: CudaTarget) -> float:
         return estimated_cycles(config, problem, target)
+
+    def microseconds(self, problem: ConvProblem, config: Config, target: CudaTarget):
+        if self.explicit:
+            return None  # the transform is not in the model
+        return (self.estimate(problem, config, target) + LAUNCH) / (1e3 * CLOCK)
 
     def _padded(self, problem: ConvProblem) -> bool:
         """Whether windows reach beyond what the kernel reads."""

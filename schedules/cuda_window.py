@@ -23,7 +23,7 @@ from ..problem import ConvProblem
 from ..target import CudaTarget
 from .base import CONV, PREPARE, TRANSFORM, Schedule
 from .cuda_channels_last import VECTOR_BYTES, copy_channels_last, is_needed, shape
-from .cuda_window_cost import candidates, cycles
+from .cuda_window_cost import CLOCK, candidates, cycles
 from .cuda_window_filter import prepare
 from .cuda_window_kernel import convolve
 from .cuda_window_tiles import (
@@ -141,6 +141,9 @@ class CudaWindow(Schedule):
 
     def estimate(self, problem: ConvProblem, config: Config, target: CudaTarget) -> float:
         return _cost(walk(problem), config, target)
+
+    def microseconds(self, problem: ConvProblem, config: Config, target: CudaTarget) -> float:
+        return self.estimate(problem, config, target) / (1e3 * CLOCK)
 
     def schedule(self, problem, config, target, epilogue):
         walked = walk(problem)

@@ -92,7 +92,7 @@ def _staged(g: Geometry) -> Iterator[Config]:
                 yield Config(**fields | dict(filter_stages=filters, split=split))
 
 
-# Fitted to 736 measurements on an H100, cycles at _CLOCK GHz. Of one multiprocessor: bytes a cycle
+# Fitted to 736 measurements on an H100, cycles at CLOCK GHz. Of one multiprocessor: bytes a cycle
 # from the L2 cache, and how much longer a copy in steps takes than what it brings; cycles from
 # asking for a patch, or for a tile of the filter, to having it; of storing 64 x 8 outputs, of a
 # tile, of a launch; of adding up over a cluster, and of each pixel of it; of a wgmma beside its
@@ -104,9 +104,9 @@ _CLUSTER, _CLUSTER_PIXEL = 4900.0, 8.2
 # Times as long as storing long runs; from three layers.
 _SHORT = 10.0
 _WGMMA, _TAP = 4.6, 195.0
-_CLOCK = 1.72
+CLOCK = 1.72
 # Bytes a cycle of DRAM, of all multiprocessors.
-_DRAM = 2700.0 / _CLOCK
+_DRAM = 2700.0 / CLOCK
 # Of things that go on side by side the longest counts, and the others a little.
 _NORM = 5.6
 

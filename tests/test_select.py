@@ -13,7 +13,7 @@ import im2win_tvm
 from im2win_tvm import cuda_driver
 from im2win_tvm.cli import app
 from im2win_tvm.schedules import SCHEDULES, ScheduleError
-from im2win_tvm.select import select
+from im2win_tvm.select import select, supporting
 from im2win_tvm.target import CudaTarget, resolve
 from im2win_tvm.tuning import lookup
 
@@ -46,6 +46,30 @@ def test_without_records_the_heuristic_decides():
     assert choice.config == HEURISTIC
     assert str(choice.origin) == "heuristic"
     assert choice.missed == ()
+
+
+def test_models_of_the_time_choose_among_schedules(monkeypatch):
+    """Without records; one without a model keeps its place, and loses it to none."""
+    schedules = list(supporting(PROBLEM, H100).values())
+    first, second, *others = schedules
+    assert len(others) > 0
+
+    def times(*microseconds):
+        for schedule, time in zip(schedules, microseconds, strict=False):
+            monkeypatch.setattr(type(schedule), "microseconds", lambda self, *_: given[self.name])
+            given[schedule.name] = time
+        choice = select(PROBLEM, H100)
+        assert choice.config == choice.schedule.default(PROBLEM, H100)
+        assert str(choice.origin) == "heuristic"
+        return choice
+
+    given = dict.fromkeys((schedule.name for schedule in schedules), None)
+    assert times(None, 1.0).schedule is first
+    assert times(2.0, None).schedule is first
+    choice = times(2.0, 1.0)
+    assert choice.schedule is second
+    assert choice.rejected[first.name] == f"2.0 us predicted, {second.name} 1.0"
+    assert times(2.0, 3.0).rejected[second.name] == f"3.0 us predicted, {first.name} 2.0"
 
 
 def test_the_fastest_record_is_taken(place):
