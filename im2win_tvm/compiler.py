@@ -37,9 +37,10 @@ def compile(
 
     target, arch: see `im2win_tvm.target.resolve`; CUDA kernels are built without a GPU when
     `arch` is given. accuracy: the class that outputs have at least (see `im2win_tvm.accuracy`).
-    None is the dtype's own; "tf32", for float32 only, lets tensor cores round the operands of its
-    products to 10 bits. schedule, config: by name (or a Schedule) and as a Config or dict; if None
-    `select` takes those of the fastest tuning record, or the heuristic's.
+    None is the dtype's own. For float32 alone: "strict" has its own class hold for every input,
+    where "fast", the default, leaves some out (`docs/accuracy.md`); "tf32" lets tensor cores round
+    the operands of its products to 10 bits. schedule, config: by name (or a Schedule) and as a
+    Config or dict; if None `select` takes those of the fastest tuning record, or the heuristic's.
     bias, residual, activation: what the kernel adds and applies before it stores (see Epilogue).
 
     Raises AccuracyError, TargetError, ScheduleError or ToolchainError, each saying what is allowed
@@ -90,6 +91,7 @@ def describe(
         "descriptor": str(problem),
         "epilogue": dataclasses.asdict(epilogue),
         "accuracy": schedule.accuracy(problem),
+        "strict": schedule.is_strict(problem),
         "schedule": {
             "name": schedule.name,
             "config": dataclasses.asdict(choice.config),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .accuracy import accepted
+from .accuracy import STRICT, accepted
 from .environment import device_name
 from .problem import ConvProblem
 from .schedules import SCHEDULES, Schedule, ScheduleError
@@ -121,7 +121,7 @@ class _Offer(NamedTuple):
     """The schedules that take a problem in a class, and the reasons of the others by name.
 
     refused: by `supports`, with None for those that take the problem, in the order in which they
-    are asked. inexact: those of them that compute in a class that was not asked for.
+    are asked. inexact: those of them that compute in a class, or by a rule, not asked for.
     """
 
     supported: dict[str, Schedule]
@@ -161,6 +161,13 @@ def _offer(
         for name, theirs in offered.items()
         if theirs not in classes
     }
+    if accuracy == STRICT:
+        inexact |= {
+            name: f"accuracy={accuracy!r}: {name} is as exact as a plain convolution for the "
+            "inputs that docs/accuracy.md describes, and not for every one"
+            for name in offered
+            if not candidates[name].is_strict(problem)
+        }
     # Sorting is stable: within a class the order of SCHEDULES stays.
     names = [name for name in offered if name not in inexact]
     names.sort(key=lambda name: classes.index(offered[name]))

@@ -66,6 +66,10 @@ class Schedule(ABC):
         """
         return OWN[problem.dtype]
 
+    def is_strict(self, problem: ConvProblem) -> bool:
+        """Whether outputs are of their accuracy class for every input; see `docs/accuracy.md`."""
+        return True
+
     def scratch_bytes(self, problem: ConvProblem, config: Any, target: Target) -> int:
         """Memory that each CPU thread takes for itself during a call."""
         return 0

@@ -66,7 +66,8 @@ def im2win():
 
 
 def test_classes_of_a_dtype():
-    assert accuracy.accepted("float32") == accuracy.accepted("float32", "fp32") == ("fp32",)
+    for wanted in (None, "fp32", "fast", "strict"):
+        assert accuracy.accepted("float32", wanted) == ("fp32",)
     assert accuracy.accepted("float32", "tf32") == ("tf32", "fp32")
     assert accuracy.accepted("bfloat16", "bf16") == ("bf16",)
     for dtype, wanted in (("float16", "tf32"), ("float16", "fp32"), ("float32", "fp16")):
@@ -160,7 +161,7 @@ def test_commands_refuse_a_class_that_the_dtype_has_not(im2win, command, tmp_pat
     assert "accuracy='tf32': allowed for float16: fp16" in result.stderr
     result = im2win(command, TEXT, "--accuracy", "exact", *more)
     assert result.exit_code == 2
-    assert "accuracy='exact': allowed for float32: fp32 or tf32" in result.stderr
+    assert "accuracy='exact': allowed for float32: fp32 or fast or strict or tf32" in result.stderr
 
 
 def test_verify_holds_a_kernel_to_its_own_class(im2win, tmp_path):
@@ -209,3 +210,41 @@ def test_bench_measures_ours_in_the_class_that_is_asked_for(im2win, tmp_path):
     assert record["protocol"]["limits"]["seconds"] == pytest.approx(0.02)
     assert record["seconds"] > 0
     assert im2win(*command[:2], "--time-limit", 0).exit_code == 2
+
+
+class Fast(CpuBlocked):
+    """As exact as a plain convolution for most inputs: of the class fp32 by the rule "fast"."""
+
+    name = "cpu_fast"
+
+    def is_strict(self, problem):
+        return False
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr("im2win_tvm.select.SCHEDULES", {Fast.name: Fast(), **SCHEDULES})
+
+
+def test_strict_leaves_out_what_is_not_bounded_for_every_input(fast):
+    for wanted in (None, "fp32", "fast"):
+        assert select(PROBLEM, CPU, accuracy=wanted).schedule.name == Fast.name
+    choice = select(PROBLEM, CPU, accuracy="strict")
+    assert choice.schedule.name == "cpu_blocked"
+    assert choice.rejected[Fast.name] == (
+        "accuracy='strict': cpu_fast is as exact as a plain convolution for the inputs that "
+        "docs/accuracy.md describes, and not for every one"
+    )
+    with pytest.raises(ScheduleError, match="accuracy='strict': cpu_fast is as exact"):
+        select(PROBLEM, CPU, Fast.name, accuracy="strict")
+    with pytest.raises(AccuracyError, match="accuracy='strict': allowed for float16: fp16"):
+        select(HALF, CPU, accuracy="strict")
+
+
+def test_a_kernel_says_its_rule(fast, im2win, tmp_path):
+    for wanted, strict in ((None, False), ("strict", True)):
+        kernel = im2win_tvm.compile(PROBLEM, "llvm", accuracy=wanted)
+        assert (kernel.metadata["accuracy"], kernel.metadata["strict"]) == ("fp32", strict)
+        path = kernel.export(tmp_path / "conv.so")
+        shown = im2win("inspect", path).stdout
+        assert ("\naccuracy         fp32, fast: see docs/accuracy.md\n" in shown) != strict

@@ -13,7 +13,7 @@ from shlex import join
 from typing import Any
 
 from .. import environment
-from ..accuracy import TF32, accepted, allowed
+from ..accuracy import STRICT, TF32, accepted, allowed
 from ..builds import build_all, default_jobs
 from ..problem import ConvProblem
 from ..target import Target
@@ -169,6 +169,8 @@ def _entrants(
     }
 
     def takes_part(entry: Implementation) -> bool:
+        if accuracy == STRICT and entry.family == Im2win.family and not entry.is_strict(problem):
+            return False
         if kinds[entry.name] in others:
             return entry.family not in better
         if kinds[entry.name] == preferred:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .metadata import fields, summary
+from .metadata import fields, shown_accuracy, summary
 from .options import (
     PROBLEM_HELP,
     AccuracyOption,
@@ -93,6 +93,7 @@ def _facts(problem: ConvProblem, target: Target, choice: Choice) -> dict[str, An
             "im2col matrix": problem.im2col_elements * problem.itemsize,
         },
         "accuracy": choice.schedule.accuracy(problem),
+        "strict": choice.schedule.is_strict(problem),
         "schedule": choice.schedule.name,
         "config": asdict(choice.config),
         "origin": asdict(choice.origin),
@@ -159,7 +160,7 @@ def _lines(shown: dict[str, Any]) -> list[str]:
     ]
     lines += [f"{name:<16} {units.size(count)}" for name, count in shown["bytes"].items()]
     lines += [
-        f"{'accuracy':<16} {shown['accuracy']}",
+        f"{'accuracy':<16} {shown_accuracy(shown)}",
         f"{'schedule':<16} {shown['schedule']}",
         f"{'config':<16} {fields(shown['config'])}",
         f"{'from':<16} {Origin(**shown['origin'])}",

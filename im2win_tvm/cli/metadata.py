@@ -10,6 +10,11 @@ import numpy as np
 from ..bench import units
 
 
+def shown_accuracy(shown: dict[str, Any]) -> str:
+    """The accuracy class, and the rule where it does not hold for every input."""
+    return shown["accuracy"] + ("" if shown.get("strict", True) else ", fast: see docs/accuracy.md")
+
+
 def summary(metadata: dict[str, Any]) -> list[str]:
     """What a kernel computes, how, for which machine, and what it needs."""
     problem, target = metadata["problem"], metadata["target"]
@@ -21,7 +26,7 @@ def summary(metadata: dict[str, Any]) -> list[str]:
     rows = {
         "problem": f"{metadata['descriptor']} {problem['dtype']} {problem['layout']}",
         "epilogue": " + ".join(extras) or "none",
-        "accuracy": metadata["accuracy"],
+        "accuracy": shown_accuracy(metadata),
         "schedule": schedule["name"],
         "config": fields(schedule["config"]),
         "from": _origin(schedule.get("origin")),

@@ -26,8 +26,9 @@ AccuracyOption = Annotated[
     str | None,
     typer.Option(
         "--accuracy",
-        help="Accuracy class. tf32, for float32 only: tensor cores may round the operands of its "
-        "products to 10 bits. Default: the dtype's own (fp32, fp16, bf16).",
+        help="Accuracy class. For float32 only: strict has the default, fp32, hold for every input "
+        "(fast, the default rule, leaves some out: docs/accuracy.md); tf32 lets tensor cores round "
+        "the operands of its products to 10 bits. Default: the dtype's own (fp32, fp16, bf16).",
     ),
 ]
 LayoutOption = Annotated[

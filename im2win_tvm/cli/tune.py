@@ -238,7 +238,7 @@ def _recorded(
     accuracy: str | None,
 ) -> _Recorded:
     """What is recorded of these problems (of all, if there are none), this schedule and class."""
-    from ..accuracy import OWN
+    from ..accuracy import accepted
     from ..schedules import SCHEDULES
     from ..tuning.lookup import recorded
     from ..tuning.measuring import TuningError
@@ -250,7 +250,7 @@ def _recorded(
         for (problem, name), configs in recorded(places, target).items()
         if schedule in (None, name)
         and (not problems or problem in wanted)
-        and SCHEDULES[name].accuracy(problem) == (accuracy or OWN[problem.dtype])
+        and SCHEDULES[name].accuracy(problem) == accepted(problem.dtype, accuracy)[0]
     }
     if not found:
         raise TuningError(

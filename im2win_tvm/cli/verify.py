@@ -224,7 +224,7 @@ def _run(
 ) -> Iterator[dict[str, Any]]:
     """One result a kernel and fill, printed as it comes."""
     from .. import verification
-    from ..accuracy import OWN
+    from ..accuracy import accepted
     from ..builds import Request, build_all
     from ..schedules import SCHEDULES
     from ..select import select
@@ -245,7 +245,7 @@ def _run(
     for planned in plan:
         problem = planned.problem
         run: verification.Run | Exception | None = None
-        kind = wanted.accuracy or OWN[problem.dtype]
+        kind = accepted(problem.dtype, wanted.accuracy)[0]
         if planned.skip is None:  # its own class, which may be better than what was asked for
             kind = SCHEDULES[planned.schedule].accuracy(problem)
         for fill in wanted.fills:

@@ -34,6 +34,9 @@ class Im2win:
     def accuracy(self, problem: ConvProblem) -> str:
         return self._schedule.accuracy(problem)
 
+    def is_strict(self, problem: ConvProblem) -> bool:
+        return self._schedule.is_strict(problem)
+
     def request(self, problem: ConvProblem, target: Target) -> Request:
         """The kernel for a problem; a schedule of tf32 is asked for by its name."""
         config = self.config_for(problem, target)
