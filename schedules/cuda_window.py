@@ -67,7 +67,7 @@ class CudaWindow(Schedule):
         if reason is None and problem.groups > 1 and channels < LEAST_CHANNELS:
             reason = (
                 f"groups={problem.groups}: {self.name} takes groups of {LEAST_CHANNELS} channels "
-                f"or more, these have {channels} (cuda_simt takes any)"
+                f"or more, these have {channels} (cuda_depthwise takes them)"
             )
         if reason is None and math.prod(shape(walk(problem))) >= MAX_ELEMENTS:
             reason = f"input_shape={problem.input_shape}: in whole vectors 2**31 elements or more"

@@ -288,7 +288,7 @@ def test_configurations_that_a_problem_refuses(fields, config, message):
          "input_shape=(1, 16384, 16384, 2): in whole vectors 2**31 elements or more"),
         ("cuda_window", dict(in_channels=30, out_channels=30, groups=2), HOPPER,
          "groups=2: cuda_window takes groups of 16 channels or more, these have 15 "
-         "(cuda_simt takes any)"),
+         "(cuda_depthwise takes them)"),
         ("cuda_window", dict(stride=(1, 9), input_size=(9, 28)), HOPPER,
          "stride=(1, 9), tile: steps of (1, 1, 9, 1, 1): allowed are 1 to 8"),
     ],
