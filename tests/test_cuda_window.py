@@ -218,7 +218,7 @@ BAD = {
     ),
     "warpgroups": (dict(along_m=3, along_p=2), "along_m=3, along_p=2: more than 4 warpgroups"),
     "threads": (dict(blocks=9), "blocks=9: 2304 threads a multiprocessor"),
-    "sums": (dict(tile_n=3, tile_h=16), "blocks=1: 192 sums a thread, there is room for 184"),
+    "sums": (dict(tile_n=13, tile_h=4), "blocks=1: 208 sums a thread, there is room for 192"),
     "sums of many": (
         dict(tile_h=32, blocks=2), "blocks=2: 128 sums a thread, there is room for 100"
     ),
