@@ -170,6 +170,8 @@ def test_inspect_cuda(im2win, nvcc):
     shown = json.loads(im2win(*arguments, "--cuda", "--ptx").stdout)
     assert shown["rejected"] == {
         "cpu_blocked": "target=cuda: cpu_blocked is for llvm",
+        "cuda_thin": "dtype=float32: cuda_thin takes float16 and bfloat16",
+        "cuda_thin_tf32": "arch=sm_90: cuda_thin_tf32 takes sm_90a",
         "cuda_window": "dtype=float32: cuda_window takes float16 and bfloat16",
         "cuda_window_tf32": "arch=sm_90: cuda_window_tf32 takes sm_90a",
     }

@@ -48,6 +48,7 @@ class Registers:
         """Leave every row unwritten."""
         self.rows: list[Any] = [None] * self._count
         self.flying: dict[int, np.ndarray] = {}  # rows that a wgmma is to fill
+        self.lent: dict[int, int] = {}  # rows that so many of wgmma read
         self._written: list[Any] = [None] * self._count  # lanes, where some are not
 
     def load(self, row: int, mask: Mask, site: Site):
@@ -80,6 +81,10 @@ class Registers:
             raise SimulationError(
                 f"{self.name}[{row}]: written while a wgmma, not waited for, is to fill it"
             )
+        if self.lent and row in self.lent:
+            raise SimulationError(
+                f"{self.name}[{row}]: written while a wgmma, not waited for, reads it"
+            )
         if mask.full:
             self.rows[row], self._written[row] = value, None
             return
@@ -110,6 +115,16 @@ class Registers:
     def land(self, row: int) -> None:
         """The wgmma has."""
         self.rows[row] = self.flying.pop(row)
+
+    def lend(self, row: int) -> None:
+        """A wgmma reads a row from now on."""
+        self.lent[row] = self.lent.get(row, 0) + 1
+
+    def take_back(self, row: int) -> None:
+        """A wgmma has read it."""
+        self.lent[row] -= 1
+        if not self.lent[row]:
+            del self.lent[row]
 
     def scatter(self, rows: np.ndarray, value, mask: Mask) -> None:
         """Set a row for each lane."""

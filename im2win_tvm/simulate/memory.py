@@ -47,10 +47,12 @@ class Region:
         return self.base == SHARED
 
     def view(self, dtype: np.dtype) -> np.ndarray:
-        """The whole region as elements of a type."""
+        """The region as elements of a type, from the first aligned address on."""
         view = self._views.get(dtype)
         if view is None:
-            whole = self._bytes[: self._bytes.size // dtype.itemsize * dtype.itemsize]
+            first = -self.base % dtype.itemsize
+            count = (self._bytes.size - first) // dtype.itemsize
+            whole = self._bytes[first : first + count * dtype.itemsize]
             view = self._views[dtype] = whole.view(dtype)
         return view
 

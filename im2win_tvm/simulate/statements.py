@@ -173,8 +173,9 @@ class Statements(Accesses):
         dtype, _ = numpy_type(str(buffer.dtype))
         if owner.registers and owner.dtype != dtype:
             raise SimulationError(f"{buffer.name}: {owner.name} as {dtype} is not simulated")
-        start = owner.offset * owner.dtype.itemsize // dtype.itemsize
-        array = array_of(self.machine, buffer, owner.storage, start + int(buffer.elem_offset))
+        # As in generated code the data of a buffer begins where its memory does, whatever the
+        # buffer's own offset in it: that of a pool, for instance.
+        array = array_of(self.machine, buffer, owner.storage, int(buffer.elem_offset))
         array.banks = self.banks
         end = (array.offset + array.count) * dtype.itemsize
         limit = owner.storage.size if owner.registers else owner.storage.nbytes

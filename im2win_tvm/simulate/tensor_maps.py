@@ -17,6 +17,7 @@ _DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),
+    "uint32": np.dtype(np.uint32),
 }
 # CUtensorMapSwizzle: bytes of a row whose 16-byte chunks are exchanged.
 _SPANS = {0: 0, 1: 32, 2: 64, 3: 128}

@@ -1,4 +1,4 @@
-"""Matrices of a warpgroup: `wgmma` with both operands in shared memory, by descriptor."""
+"""Matrices of a warpgroup: `wgmma`, operands in shared memory by descriptor, or A in registers."""
 
 from typing import Any
 
@@ -123,15 +123,78 @@ class _Sums:
             self.registers.fly(row, value)
 
 
+class _Shared:
+    """An operand that a descriptor tells of."""
+
+    def __init__(self, program, it, name: str, rows: int, kind: str):
+        self._program, self._site = program, program.site
+        self._rows, self._kind = rows, kind
+        self._descriptor = program.compile(it.one(name))
+
+    def prepare(self, mask, groups) -> None:
+        """What all threads of a warpgroup agree on."""
+        machine, site = self._program.machine, self._site
+        value = self._descriptor(mask)
+        self._described = _uniform(machine, site, value, groups, "a descriptor")
+
+    def matrix(self, mask, n: int, group: int) -> np.ndarray:
+        """Of the n-th of the warpgroups."""
+        program, site = self._program, self._site
+        described = int(self._described[n])
+        at = _chunks(program.machine, program.shared, site, described, self._rows, group)
+        return _values(program.wgmma.read(group, at, mask, site), self._kind)
+
+
+class _Held:
+    """A in registers: of a warp 16 rows, by the fragment table of mma.m16n8k16 or k8."""
+
+    def __init__(self, program, it, kind: str):
+        self._program, self._site, self._kind = program, program.site, kind
+        nodes = it.operands["a"]
+        self._registers = [program.compile(register) for register in nodes]
+        # With roles, where they are of one local array, they are lent.
+        arrays = [program.array(n.source) if hasattr(n, "indices") else None for n in nodes]
+        one = all(a is not None and a is arrays[0] for a in arrays)
+        self._array = arrays[0] if program.machine.roles and one else None
+        if self._array is not None:
+            _unless(self._array.registers and len(self._array.shape) == 1, it)
+            self._rows = [program.compile(n.indices[0]) for n in nodes]
+
+    def prepare(self, mask, groups) -> None:
+        """The registers of all lanes, which the instruction reads from now on."""
+        machine, array = self._program.machine, self._array
+        held = [np.broadcast_to(np.asarray(r(mask)), (machine.size,)) for r in self._registers]
+        self._values = elements(np.stack(held), self._kind).astype(np.float64)
+        if array is not None:
+            rows = [array.element([row(mask)], mask, self._site) for row in self._rows]
+            self._program.wgmma.lend(groups, array.storage, [r + array.offset for r in rows])
+
+    def matrix(self, mask, n: int, group: int) -> np.ndarray:
+        """Of a warpgroup."""
+        values = self._values[:, group * WARPGROUP : (group + 1) * WARPGROUP]
+        each = values.shape[-1]  # elements of a register
+        matrix = np.empty((64, 8 * each), np.float64)
+        thread = np.arange(WARPGROUP)
+        row, first = thread // WARP * 16 + thread % WARP // 4, thread % 4 * each
+        for register in range(4):  # rows g, g + 8, then the next columns
+            for e in range(each):
+                column = first + register // 2 * 4 * each + e
+                matrix[row + register % 2 * 8, column] = values[register, :, e]
+        return matrix
+
+
 @ptx("wgmma_f16_ss", "wgmma_bf16_ss", "wgmma_tf32_ss")
+@ptx("wgmma_f16_rs", "wgmma_bf16_rs", "wgmma_tf32_rs")
 def _(program, it):
     columns = int(it.modifiers["shape"].partition("n")[2].partition("k")[0])
     kind = it.modifiers["atype"]
     for name, value in (("scale_a", 1), ("scale_b", 1), ("trans_a", 0), ("trans_b", 0)):
         _unless(name not in it.operands or int(it.one(name)) == value, it)
     _unless(it.modifiers["dtype"] == "f32", it)
-    a, b, scale = (program.compile(it.one(name)) for name in ("a_desc", "b_desc", "scale_d"))
-    sums = _Sums(program, it)
+    in_registers = "a" in it.operands
+    a = _Held(program, it, kind) if in_registers else _Shared(program, it, "a_desc", 64, kind)
+    b = _Shared(program, it, "b_desc", columns, kind)
+    scale, sums = program.compile(it.one("scale_d")), _Sums(program, it)
     machine, site, pending = program.machine, program.site, program.wgmma
     # Registers by row of four warps: g and g + 8, columns 2 t and 2 t + 1 of eight.
     within, register = np.arange(WARPGROUP), np.arange(sums.count)[:, None]
@@ -140,15 +203,13 @@ def _(program, it):
 
     def code(mask):
         groups = _groups(machine, mask, site)
-        described = [_uniform(machine, site, d(mask), groups, "a descriptor") for d in (a, b)]
+        a.prepare(mask, groups)
+        b.prepare(mask, groups)
         adds = _uniform(machine, site, scale(mask), groups, "scale-d").astype(bool)
         values = np.empty((sums.count, groups.size, WARPGROUP))
         for n, group in enumerate(groups.tolist()):
-            matrices = []
-            for descriptor, height in zip(described, (64, columns), strict=True):
-                at = _chunks(machine, program.shared, site, int(descriptor[n]), height, group)
-                matrices.append(_values(pending.read(group, at, mask, site), kind))
-            values[:, n] = (matrices[0] @ matrices[1].T)[row, column]
+            left, right = a.matrix(mask, n, group), b.matrix(mask, n, group)
+            values[:, n] = (left @ right.T)[row, column]
         values, rows = values.reshape(sums.count, -1), sums.rows(mask)
         if adds.any():
             lanes = (groups[:, None] * WARPGROUP + within).ravel()
@@ -201,6 +262,13 @@ class Pending:
             for group in groups.tolist():
                 self._open.setdefault(group, []).append((registers, rows))
 
+    def lend(self, groups: np.ndarray, registers: Registers, rows: list[int]) -> None:
+        """An instruction reads rows of registers from now on."""
+        for row in rows:
+            registers.lend(row)
+        for group in groups.tolist():
+            self._open.setdefault(group, []).append((registers, rows))
+
     def commit(self, mask, site) -> None:
         """Close the group of instructions of these warpgroups."""
         machine = self._machine
@@ -235,7 +303,9 @@ class Pending:
         busy = {(id(held), r) for each in later for held, rows in each for r in rows}
         for registers, rows in (each for instructions in done for each in instructions):
             for row in rows:
-                if row in registers.flying and (id(registers), row) not in busy:
+                if row in registers.lent:
+                    registers.take_back(row)
+                elif row in registers.flying and (id(registers), row) not in busy:
                     registers.land(row)
         if done:
             over = machine.committed[number] - len(self._groups[0])

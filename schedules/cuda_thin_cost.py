@@ -1,0 +1,102 @@
+"""Which configurations of `cuda_thin` are worth a try, and what each should cost."""
+
+import itertools
+from collections.abc import Iterator
+from math import prod
+
+from ..problem import ConvProblem
+from ..target import CudaTarget
+from .cuda_thin_tiles import (
+    BLOCK_BYTES,
+    LOADS,
+    MULTIPROCESSOR_BYTES,
+    SYSTEM_BYTES,
+    Config,
+    Geometry,
+)
+from .hopper import WGMMA_M
+
+# Multiplying warpgroups of a block, and blocks of a multiprocessor.
+_CREWS = ((4, 1), (3, 1), (2, 1), (1, 1), (2, 2), (1, 2), (1, 3), (1, 4))
+# Stages more than a tile needs: room for other warpgroups' tiles, and for the producer's lead.
+_MORE = (8, 4, 2, 1)
+
+
+def candidates(problem: ConvProblem) -> Iterator[Config]:
+    """Configurations for a problem; some are not valid."""
+    for block_n, channels in itertools.product(_widths(problem), _channels(problem)):
+        loads = Geometry(problem, Config(block_n, 1, channels, 1, 2)).row_loads
+        most = max(1, min(8, LOADS // loads))
+        for (warpgroups, blocks), rows, steps in itertools.product(
+            _CREWS, sorted({most, -(-most // 2)}), (4, 3, 2)
+        ):
+            fields = dict(warpgroups=warpgroups, rows=rows, steps=steps, blocks=blocks)
+            g = Geometry(problem, Config(block_n, channels=channels, stages=2, **fields))
+            if steps > max(2, g.k_steps):
+                continue
+            stage = rows * g.pitch * 4
+            room = min(BLOCK_BYTES, MULTIPROCESSOR_BYTES // blocks - SYSTEM_BYTES) - 1024
+            room -= g.shared_bytes - 2 * stage
+            # As many stages as there is room for, up to what others' tiles can use.
+            more = next((m for m in _MORE if (g.fewest_stages + m) * stage <= room), 0)
+            yield Config(block_n, channels=channels, stages=g.fewest_stages + more, **fields)
+
+
+def _widths(problem: ConvProblem) -> list[int]:
+    """All output channels, if a tile can have so many, or equal parts of them in eights."""
+    eights = -(-problem.out_channels // 8)
+    fewest = -(-eights // 32)
+    parts = sorted({-(-eights // n) for n in (*(n * fewest for n in (1, 2, 4, 6, 8)), fewest + 1)})
+    return [8 * part for part in parts]
+
+
+def _channels(problem: ConvProblem) -> list[int]:
+    odd = problem.itemsize == 2 and problem.in_channels % 2
+    return [problem.in_channels, *([problem.in_channels + 1] if odd else [])]
+
+
+# Fitted to 56 measurements on an H100 (rms 5.5 %), of a producer that did not yet load a stage
+# ahead; cycles at CLOCK GHz. Instructions of a warp for a tile, and for a step of K; of a producing
+# warp for a stage, a row, a load of words or of elements, and the cycles from one of these to the
+# next; cycles of a launch with the first rows, and of each KiB of a filter.
+_TILE, _STEP = 150.0, 2.3
+_STAGE, _ROW, _WORDS, _ELEMENTS, _EACH = 17.0, 15.0, 8.6, 10.0, 4.0
+_LAUNCH, _FILTER = 8060.0, 80.0
+CLOCK = 1.7
+# Bytes a cycle of DRAM, of all multiprocessors; and how often outputs in NCHW count once more where
+# rows of a tile do not begin at sectors of 32 bytes, which are then written in parts.
+_DRAM, _PARTS, _SECTOR = 2650.0 / CLOCK, 1.3, 32
+# Of things that go on side by side the longest counts, and the others too.
+_NORM = 2.0
+
+
+def cycles(g: Geometry, target: CudaTarget) -> float:
+    """Of the busiest multiprocessor: products, instructions, rows that are brought, memory."""
+    c = g.config
+    parts = g.parts(target.multiprocessors)
+    blocks = -(-parts * g.n_tiles // target.multiprocessors)  # one after the other or together
+    tiles = -(-g.tiles // parts) * blocks
+    # A step reads 16 words a lane and the filter's columns from shared memory.
+    step = max(c.block_n / 2, 16 + c.block_n / 4)
+    rows = tiles * WGMMA_M / g.columns * g.next_row + g.window_rows * blocks
+    load = (_WORDS if g.by_words else _ELEMENTS) * g.copies
+    stage = _STAGE + c.rows * (_ROW + g.row_loads * load)
+    producing = rows / c.rows * stage
+    busy = _together(
+        tiles * g.k_steps * step,
+        tiles * (_TILE + _STEP * g.k_steps) + producing,
+        producing * _EACH / min(blocks, c.blocks),
+        _moved(g) / _DRAM,
+    )
+    return _LAUNCH + _FILTER * g.filter_bytes / 1024 + busy
+
+
+def _moved(g: Geometry) -> float:
+    """Bytes, in whole sectors."""
+    p = g.problem
+    split = not p.channels_last and g.image_pixels * p.itemsize % _SECTOR
+    return p.min_bytes + (_PARTS * prod(p.output_shape) * p.itemsize if split else 0)
+
+
+def _together(*parts: float) -> float:
+    return sum(part**_NORM for part in parts) ** (1 / _NORM)

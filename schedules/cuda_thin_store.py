@@ -1,0 +1,181 @@
+"""From the sums of a warpgroup of `cuda_thin` to outputs: 64 pixels by block_n channels.
+
+Of every eight columns of the product a thread holds two neighbours, of two pixels. In NHWC the
+filter's order has made a thread's columns a run of channels: they leave straight from registers, up
+to 16 bytes at a time. In NCHW sums go through shared memory, and neighbouring threads store
+neighbouring pixels of a channel.
+"""
+
+# Bodies of inline functions are parsed as TIRx.
+
+from tvm.script import tirx as T
+
+from ..epilogue import Epilogue
+from ..expr import finish
+from .cuda_thin_filter import runs
+from .cuda_thin_tiles import STAGED_CHANNELS, STAGED_PITCH, Geometry, split
+from .hopper import WARPGROUP, WGMMA_M
+
+WARPS = WARPGROUP // 32
+# Channels of a staging buffer that one warp takes.
+EACH = STAGED_CHANNELS // WARPS
+
+
+class _At:
+    """One element of an array as an array of one, for `finish`."""
+
+    def __init__(self, array, index):
+        self._array, self._index = array, index
+
+    def __getitem__(self, _index):
+        return self._array[self._index]
+
+
+def pixel_of_row(g: Geometry, thread, half):
+    """Of the tile's 64 pixels the one that is the thread's row `half` of its fragments."""
+    lane_row = thread % 32 // 4
+    row = lane_row * 2 + half if g.interleaved else lane_row + half * 8
+    return thread // 32 * 16 + row
+
+
+def row_of_pixel(g: Geometry, pixel):
+    """The row of the product in which a pixel of the tile is."""
+    if not g.interleaved:
+        return pixel
+    return pixel // 16 * 16 + pixel % 2 * 8 + pixel % 16 // 2
+
+
+@T.meta_class
+class Store:
+    """Bias, residual, activation, rounding, and the way to y, of one warpgroup."""
+
+    def __init__(self, geometry: Geometry, epilogue: Epilogue, bias, staging, warpgroup, arrays):
+        self.geometry, self.epilogue = geometry, epilogue
+        self.bias, self.staging, self.warpgroup = bias, staging, warpgroup
+        self.residual, self.y = arrays
+        problem = geometry.problem
+        self.dtype, self.channels = problem.dtype, problem.out_channels
+        # Sums, bias and residual are added in float32, and rounded once.
+        self.sum_problem = problem.replace(dtype="float32")
+        self.pack = {"float16": "cvt.rn.f16x2.f32", "bfloat16": "cvt.rn.bf16x2.f32"}.get(self.dtype)
+        self.vector = geometry.vector
+        self.out_words = self.vector * problem.itemsize // 4  # of a store; 0: half a word
+        self.values = T.alloc_local((8,), "float32")
+        self.words = T.alloc_local((4,), "uint32")
+        self.extra = T.alloc_local((max(self.vector, 1),), self.dtype)
+
+    def finished(self, total, channel, extra):
+        """The float32 output of a sum; channel: of the block."""
+        return finish(
+            total, channel, [0], self.sum_problem, self.epilogue, self.bias, extra
+        )
+
+    @T.inline
+    def run(self, tile, first_channel, thread, sums):
+        """Store a tile's outputs, channels from `first_channel` on."""
+        if self.geometry.problem.channels_last:
+            self.direct(tile, first_channel, thread, sums)
+        else:
+            self.turned(tile, first_channel, thread, sums)
+
+    # --- NHWC
+
+    @T.inline
+    def direct(self, tile, first_channel, thread, sums):
+        for half in T.unroll(2):
+            pixel: T.let = tile * WGMMA_M + pixel_of_row(self.geometry, thread, half)
+            if pixel < self.geometry.pixels:
+                self.runs(runs(self.geometry), pixel, first_channel, thread % 4, half, sums)
+
+    @T.inline
+    def runs(self, some, pixel, first_channel, t, half, sums):
+        """The thread's runs of channels, the first of a list and then the others."""
+        first, count = T.meta_var(some[0])
+        each = T.meta_var(min(self.vector, 2 * count) if 2 * count % self.vector == 0
+                          else 2 if self.vector % 2 == 0 else 1)
+        self.one_run(first, count, each, pixel, first_channel, t, half, sums)
+        if len(some) > 1:
+            self.runs(some[1:], pixel, first_channel, t, half, sums)
+
+    @T.inline
+    def one_run(self, first, count, each, pixel, first_channel, t, half, sums):
+        """A run of 2 * count channels, `each` at a time."""
+        for part in T.unroll(2 * count // each):
+            channel: T.let = first * 8 + 2 * count * t + part * each
+            if first_channel + channel < self.channels:
+                # In vectors, so that the compiler sees the alignment.
+                at: T.let = (pixel * self.channels + first_channel + channel) // each
+                if self.epilogue.residual:
+                    for e in T.vectorized(each):
+                        self.extra[e] = self.residual[at * each + e]
+                for e in T.unroll(each):
+                    sum_at = T.meta_var((first + (part * each + e) // 2) * 4 + half * 2
+                                        + (part * each + e) % 2)
+                    self.values[e] = self.finished(sums[sum_at], channel + e, _At(self.extra, e))
+                self.put(at * each, each)
+
+    @T.inline
+    def put(self, at, each):
+        """`each` values at an element of y."""
+        if self.dtype == "float32":
+            for e in T.vectorized(each):
+                self.y[at + e] = self.values[e]
+        elif each == 1:
+            self.y[at] = T.Cast(self.dtype, self.values[0])
+        else:
+            for e in T.unroll(each // 2):
+                T.ptx[self.pack](self.words[e], self.values[2 * e + 1], self.values[2 * e])
+            words = T.meta_var([self.words[e] for e in range(each // 2)])
+            name = T.meta_var("st.global.b32" if each == 2 else f"st.global.v{each // 2}.b32")
+            T.ptx[name](self.y.ptr_to([at]), *words)
+
+    # --- NCHW
+
+    @T.inline
+    def meet(self):
+        """The threads of this warpgroup wait for each other."""
+        T.ptx.bar.sync(T.Cast("uint32", self.warpgroup + 1), T.uint32(WARPGROUP))
+
+    @T.inline
+    def turned(self, tile, first_channel, thread, sums):
+        eights = T.meta_var(self.geometry.config.block_n // 8)
+        each = T.meta_var(STAGED_CHANNELS // 8)
+        # Those who still read the last tile's sums come first.
+        self.meet()
+        for part in T.unroll((eights + each - 1) // each):
+            for j in T.unroll(each):
+                for i in T.unroll(4):
+                    if part * each + j < eights:
+                        row = T.meta_var(thread // 32 * 16 + i // 2 * 8 + thread % 32 // 4)
+                        column = T.meta_var(j * 8 + thread % 4 * 2 + i % 2)
+                        self.staging[self.place(part, column, row)] = (
+                            sums[(part * each + j) * 4 + i])
+            # Everybody's sums are there; with two buffers the next ones need not wait.
+            self.meet()
+            self.leave(tile, first_channel, part, thread)
+
+    def place(self, part, channel, row):
+        """Of a sum in the part's staging buffer."""
+        buffer = self.warpgroup * 2 + part % 2
+        return (buffer * STAGED_CHANNELS + channel) * STAGED_PITCH + row
+
+    @T.inline
+    def leave(self, tile, first_channel, part, thread):
+        """A part's channels, each by one warp: two runs of 32 pixels."""
+        g = T.meta_var(self.geometry)
+        for half in T.unroll(2):
+            within: T.let = half * 32 + thread % 32
+            pixel: T.let = tile * WGMMA_M + within
+            image, place = T.meta_var(split(pixel, g.image_pixels))
+            begin: T.let = image * (self.channels * g.image_pixels) + place
+            for i in T.unroll(EACH):
+                column: T.let = thread // 32 * EACH + i
+                channel: T.let = part * STAGED_CHANNELS + column
+                if T.And(pixel < g.pixels, T.And(channel < g.config.block_n,
+                                                 first_channel + channel < self.channels)):
+                    at: T.let = begin + (first_channel + channel) * g.image_pixels
+                    if self.epilogue.residual:
+                        self.extra[0] = self.residual[at]
+                    self.y[at] = T.Cast(self.dtype, self.finished(
+                        self.staging[self.place(part, column, row_of_pixel(g, within))],
+                        channel, self.extra))

@@ -1,0 +1,70 @@
+"""The order of K in `cuda_thin`: how a thread finds its words of a window.
+
+The window of a pixel is, row by row, a run of words in shared memory, two elements of two bytes in
+each or one of four. K is these words in this order: fours of them go to the four threads of a
+pixel, eights of them are a step of wgmma. Fours that cross from a row of the window to the next,
+that end in half a word, or after which nothing comes are known when the kernel is compiled; what
+they mean for a thread is in a few registers.
+"""
+
+# Bodies of inline functions are parsed as TIRx.
+
+from tvm.script import tirx as T
+
+from .cuda_thin_tiles import Geometry
+
+
+@T.meta_class
+class Window:
+    """Where a thread's words are, from the first word of its pixel's window on."""
+
+    def __init__(self, geometry: Geometry):
+        g = geometry
+        self.row = g.row_words
+        self.apart = g.step_h * g.pitch  # words from row to row of the window
+        self.odd = g.odd
+        self.words, self.rest = g.k_words, g.k_words % 4
+        # Fours by where in a row they begin: 0 for most of them, up to 3 that go on in the next
+        # row; the last one, when it has fewer words.
+        self.kinds = min(4, self.row)
+        self.first = max(0, self.row - 4)
+        self.at = T.alloc_local((self.kinds + 1,), "int32")
+        self.mask = T.alloc_local((self.kinds + 1,), "uint32")
+
+    def place(self, word):
+        """Of a word of K."""
+        return word // self.row * self.apart + word % self.row
+
+    @T.inline
+    def start(self, t):
+        """What the t-th thread of a pixel needs."""
+        for kind in T.unroll(self.kinds):
+            begin = T.meta_var(self.first + kind)
+            self.at[kind] = self.place(begin + t) - begin
+            self.mask[kind] = self.whole(begin + t)
+        begin = T.meta_var(self.words // 4 * 4)
+        # Words that are not there: some other one is read and masked.
+        self.at[self.kinds] = self.place(
+            T.min(begin + t, self.words - 1)) - self.place(begin)
+        self.mask[self.kinds] = T.if_then_else(
+            begin + t < self.words, self.whole(begin + t), T.uint32(0))
+
+    def whole(self, word):
+        """The mask of a word that is there: half of it, or all."""
+        if not self.odd:
+            return T.uint32(0xFFFFFFFF)
+        last = word % self.row == self.row - 1
+        return T.if_then_else(last, T.uint32(0xFFFF), T.uint32(0xFFFFFFFF))
+
+    def load(self, words, base, four):
+        """This thread's word of a four, of a pixel whose window begins at `base`."""
+        begin = four * 4 % self.row
+        kind = T.max(begin - self.first, 0)
+        masked = begin >= self.first if self.odd else T.bool(False)
+        if self.rest:
+            last = four == self.words // 4
+            kind = T.if_then_else(last, self.kinds, kind)
+            masked = T.Or(masked, last)
+        value = words[base + self.at[kind] + self.place(four * 4)]
+        value = T.if_then_else(masked, T.bitwise_and(value, self.mask[kind]), value)
+        return T.if_then_else(four * 4 < self.words, value, T.uint32(0))
