@@ -9,6 +9,7 @@ from .problem import ConvProblem
 from .schedules import SCHEDULES, Schedule, ScheduleError
 from .target import Target
 from .tuning.lookup import Found, Match, Miss, find, shown_path
+from .tuning.records import Record
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Origin:
         return text + (", of any such device: the target names none" if self.any_device else "")
 
 
+# Part of a recorded time below which a predicted one is believed.
+_BY_FAR = 0.7
 HEURISTIC, GIVEN = Origin("heuristic"), Origin("given")
 
 
@@ -76,11 +79,13 @@ def select(
 
     schedule: the name of one in SCHEDULES, or any Schedule; None is that with the fastest tuning
     record, or without one the first that takes the problem, unless models of the time of that and
-    of another say that the other is faster. config: the schedule's own Config, or a dict of
-    its fields, of which missing ones take the heuristic's value; None is the tuning record's, or
-    the heuristic's where there is no record. accuracy: as in `im2win_tvm.compile`; for tf32 the
-    schedules that compute in it come first. Those of fp32 have a turn where none of them takes the
-    problem, and where both have tuning records the fastest decides.
+    of another say that the other is faster; a schedule without a record goes before one that has
+    one if its model says that it takes less than 0.7 of that time. config: the schedule's own
+    Config, or a dict of its fields, of which missing ones take the heuristic's value; None is the
+    tuning record's, or the heuristic's where there is no record. accuracy: as in
+    `im2win_tvm.compile`; for tf32 the schedules that compute in it come first. Those of fp32 have a
+    turn where none of them takes the problem, and where both have tuning records the fastest
+    decides.
     Raises AccuracyError, and ScheduleError with the reasons if nothing fits.
     """
     offer = _offer(problem, target, schedule, accuracy)
@@ -95,6 +100,12 @@ def select(
         rejected = offer.rejected(name) | slower
         return Choice(supported[name], config, rejected, HEURISTIC, found.missed)
     name = found.best.record.schedule
+    unmeasured = {n: s for n, s in supported.items() if n not in found.matches}
+    rival = _predicted_to_beat(problem, target, supported[name], unmeasured, found.best.record)
+    if rival is not None:
+        faster, config, reason = rival
+        rejected = offer.rejected(faster) | {name: reason}
+        return Choice(supported[faster], config, rejected, HEURISTIC, found.missed)
     return Choice(
         supported[name],
         found.best.config,
@@ -217,6 +228,36 @@ def _predicted(
         if name != best
     }
     return best, timed[best][1], slower
+
+
+def _predicted_to_beat(
+    problem: ConvProblem,
+    target: Target,
+    recorded: Schedule,
+    unmeasured: dict[str, Schedule],
+    record: Record,
+) -> tuple[str, Any, str] | None:
+    """A schedule of the class without a record that should be faster than the best record by far.
+
+    Its name and configuration, and what there is to say of the record. A schedule that is new would
+    have no turn otherwise where others were measured.
+    """
+    best = None
+    for name, schedule in unmeasured.items():
+        if schedule.accuracy(problem) == recorded.accuracy(problem):
+            config = schedule.default(problem, target)
+            time = schedule.microseconds(problem, config, target)
+            if (
+                time is not None
+                and time < _BY_FAR * record.time_us
+                and (not best or time < best[0])
+            ):
+                best = time, name, config
+    if best is None:
+        return None
+    time, name, config = best
+    recorded_time = f"{record.time_us:.2f} us by its own record ({record.protocol})"
+    return name, config, f"{recorded_time}, {name} {time:.1f} predicted"
 
 
 def _slower(found: Found, supported: dict[str, Schedule]) -> dict[str, str]:

@@ -25,12 +25,12 @@ SCHEDULES: dict[str, Schedule] = {
         CUDA_WINDOW_TF32,
         CUDA_DEPTHWISE_MMA,
         CUDA_DEPTHWISE,
+        CUDA_WINDOW_FP32,
         CUDA_SIMT_ASYNC,
         CUDA_SIMT_ASYNC_EXPLICIT,
         CUDA_SIMT,
         CUDA_SIMT_EXPLICIT,
         CUDA_MMA,
-        CUDA_WINDOW_FP32,
     )
 }
 

@@ -13,6 +13,7 @@ from .cuda_thin_tiles import (
     SYSTEM_BYTES,
     Config,
     Geometry,
+    registers,
 )
 from .hopper import WGMMA_M
 
@@ -20,6 +21,8 @@ from .hopper import WGMMA_M
 _CREWS = ((4, 1), (3, 1), (2, 1), (1, 1), (2, 2), (1, 2), (1, 3), (1, 4))
 # Stages more than a tile needs: room for other warpgroups' tiles, and for the producer's lead.
 _MORE = (8, 4, 2, 1)
+# Registers of a thread beside sums and operands that no epilogue spills with, by nvcc 13.0.
+_EPILOGUE = 40
 
 
 def candidates(problem: ConvProblem) -> Iterator[Config]:
@@ -32,7 +35,8 @@ def candidates(problem: ConvProblem) -> Iterator[Config]:
         ):
             fields = dict(warpgroups=warpgroups, rows=rows, steps=steps, blocks=blocks)
             g = Geometry(problem, Config(block_n, channels=channels, stages=2, **fields))
-            if steps > max(2, g.k_steps):
+            held = g.config.sums + 8 * steps
+            if steps > max(2, g.k_steps) or held > registers(g.config).consumer - _EPILOGUE:
                 continue
             stage = rows * g.pitch * 4
             room = min(BLOCK_BYTES, MULTIPROCESSOR_BYTES // blocks - SYSTEM_BYTES) - 1024

@@ -142,8 +142,8 @@ class Geometry:
         self.mirrored = self.window_rows - 1
         self.ring_bytes = (self.ring_rows + self.mirrored) * self.pitch * 4
 
-        # What a producing thread loads of a row: words of it where it lies in memory as in the
-        # ring but for a shift, else elements. 31 lanes store a word, with a part of the next lane's.
+        # What a producing thread loads of a row: words where it lies in memory as in the ring but
+        # for a shift, else elements. 31 lanes store a word, made with a part of the next lane's.
         elements = self.input_columns * self.in_channels
         self.by_words = (
             p.itemsize == 2 and p.channels_last and c.channels == p.in_channels

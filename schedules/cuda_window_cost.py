@@ -6,6 +6,7 @@ from math import prod
 
 from ..problem import ConvProblem
 from ..target import CudaTarget
+from .cuda_channels_last import is_needed, shape
 from .cuda_window_tiles import BLOCK_BYTES, MULTIPROCESSOR_BYTES, SYSTEM_BYTES, Config, Geometry
 from .hopper import ROW_BYTES, WGMMA_K_BYTES
 
@@ -107,6 +108,8 @@ _WGMMA, _TAP = 4.6, 195.0
 CLOCK = 1.72
 # Bytes a cycle of DRAM, of all multiprocessors.
 _DRAM = 2700.0 / CLOCK
+# Of the copy that brings channels to the end, or fills them up: from four layers, and two.
+_FILLED, _TRANSPOSED, _COPY_LAUNCH = 410.0, 1200.0, 3000.0
 # Of things that go on side by side the longest counts, and the others a little.
 _NORM = 5.6
 
@@ -148,7 +151,16 @@ def cycles(g: Geometry, grid: int, target: CudaTarget) -> float:
         room = target.multiprocessors - (12 if c.split > 2 else 0)
         waves = -(-g.tiles // max(1, room * c.blocks // c.split))
     busy = _LAUNCH + waves * each + (store if hidden else 0)
-    return _together(busy, _moved(g) / _DRAM + _LAUNCH)
+    return _together(busy, _moved(g) / _DRAM + _LAUNCH) + _copied(g.problem)
+
+
+def _copied(problem: ConvProblem) -> float:
+    """Of the copy before, if there is one."""
+    if not is_needed(problem):
+        return 0.0
+    elements = prod(problem.input_shape) + prod(shape(problem))
+    rate = _FILLED if problem.channels_last else _TRANSPOSED
+    return elements * problem.itemsize / rate + _COPY_LAUNCH
 
 
 def _together(*parts: float) -> float:

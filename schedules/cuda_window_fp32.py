@@ -7,7 +7,8 @@ times the rate of float32's units.
 * The walk, the copies and the views of a window are those of `cuda_window`: see there. A patch
   lands as float32, 32 channels of a pixel in a row of 128 bytes.
 * A warpgroup splits it where it is: a row becomes 32 high and 32 low halves. All taps read them:
-  an element is split once a patch, not once a tap. A pixel's 32 channels are a block.
+  an element is split once a patch, not once a tap. What has one scale is one image's part of a
+  patch, for which a thread reads a patch twice; or a pixel, whose scale every sum then needs.
 * The filter is split ahead of time; blocks are 32 input channels of a tap and an output channel.
 * The tensor cores truncate as they add. So they add up one tap over 32 channels, small products
   first, and a float32 fma that rounds takes the result to the sum, times both scales.

@@ -65,17 +65,18 @@ def _staged(g: SplitGeometry) -> Iterator[Config]:
                 yield replace(c, pixel_stages=stages, filter_stages=filters, split=split)
 
 
-# Fitted to 26 measurements on an H100 (those with a scale a pixel: to two), cycles at CLOCK GHz.
-# Of one multiprocessor: of a wgmma beside its pixels, and the bytes a cycle that shared memory
-# gives it; of a tap, and of promoting a pixel; of splitting a row; of storing 64 x 8 outputs; of a
-# launch. From the L2 cache: bytes a cycle, how much longer a copy in steps takes than what it
-# brings, cycles from asking for a patch, or for a tile of the filter, to having it (as in
-# `cuda_window_cost`, like those of a cluster).
+# Fitted to 58 measurements on an H100, four of them with a scale a pixel; cycles at CLOCK GHz. Of
+# one multiprocessor: of a wgmma beside its pixels, the bytes a cycle that shared memory gives it,
+# and what a wgmma more on other sums takes; of a tap, of promoting a pixel, of one beside which
+# nobody multiplies; of splitting a row; of storing 64 x 8 outputs; of a launch. From the L2 cache:
+# bytes a cycle, how much longer a copy in steps takes than what it brings, cycles from asking for a
+# patch, or for a tile of the filter, to having it (as in `cuda_window_cost`, like those of a
+# cluster).
 CLOCK = 1.65
-_WGMMA, _SHARED = 4.6, 128
-_TAP, _PROMOTE = 55.0, {"patch": 0.0, "pixel": 0.8}
-_ROW = {"patch": 5.0, "pixel": 4.0}
-_STORE, _LAUNCH = 58.0, 10900.0
+_WGMMA, _SHARED, _PIECE = 4.6, 128, 5.5
+_TAP, _PROMOTE, _ALONE = 103.0, {"patch": 0.0, "pixel": 0.53}, 0.13
+_ROW = {"patch": 4.5, "pixel": 5.3}
+_STORE, _LAUNCH = 65.0, 6800.0
 _ARRIVING, _STEPPED = 44.0, 1.4
 _PATCH, _FILTER = 1730.0, 1025.0
 _CLUSTER, _CLUSTER_PIXEL = 4900.0, 8.2
@@ -91,7 +92,9 @@ def cycles(g: SplitGeometry, grid: int, target: CudaTarget) -> float:
     c = g.config
     steps = (2 * (g.channel_rows - 1) + g.last_steps) / g.channel_rows
     wgmma = max(c.piece_n / 2 + _WGMMA, (WGMMA_M + c.piece_n) * WGMMA_K_BYTES / _SHARED)
-    tap = c.consumers * (c.pieces * 3 * steps * wgmma + _PROMOTE[c.block] * c.pixels) + _TAP
+    wgmmas = 3 * steps * (c.pieces * wgmma + (c.pieces - 1) * _PIECE)
+    promote = _PROMOTE[c.block] + (_ALONE if c.consumers == 1 else 0)
+    tap = c.consumers * (wgmmas + promote * c.pixels) + _TAP
     taps, patches = g.filter_tiles / c.split, g.copies / c.split
     patch = g.patch_bytes * (_STEPPED if g.class_w > 1 else 1) / _ARRIVING
     split = _ROW[c.block] * g.patch_rows

@@ -170,6 +170,9 @@ def test_inspect_cuda(im2win, nvcc):
     shown = json.loads(im2win(*arguments, "--cuda", "--ptx").stdout)
     assert shown["rejected"] == {
         "cpu_blocked": "target=cuda: cpu_blocked is for llvm",
+        "cuda_depthwise": "groups=1: cuda_depthwise takes two or more (cuda_simt takes any)",
+        "cuda_depthwise_mma": "dtype=float32: cuda_depthwise_mma takes float16 and bfloat16",
+        "cuda_window_fp32": "arch=sm_90: cuda_window_fp32 takes sm_90a",
         "cuda_thin": "dtype=float32: cuda_thin takes float16 and bfloat16",
         "cuda_thin_tf32": "arch=sm_90: cuda_thin_tf32 takes sm_90a",
         "cuda_window": "dtype=float32: cuda_window takes float16 and bfloat16",

@@ -170,7 +170,6 @@ def test_refused_problems(fields, target, message):
 @pytest.mark.parametrize(
     ("problem", "arch"),
     [
-        (ConvProblem(128, 128, (56, 56), 128, 31, 1, 15, 1, 128, "float16", "NHWC"), "sm_90a"),
         (ConvProblem(128, 128, (56, 56), 128, 31, 1, 15, 1, 128, "bfloat16", "NCHW"), "sm_90a"),
         (ConvProblem(1, 192, (28, 28), 192, 7, 1, 3, 1, 192, "float16", "NCHW"), "sm_80"),
     ],

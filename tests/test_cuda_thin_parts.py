@@ -223,7 +223,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("off", [False, True])
+@pytest.mark.parametrize("off", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_of_the_ring(name, off):
     """Wherever they begin, the tensor's first and last one too; nothing is read beyond it."""

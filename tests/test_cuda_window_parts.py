@@ -177,7 +177,8 @@ def test_packed_filter(case):
     w = RNG.standard_normal(problem.weight_shape).astype("float32")
     w[0, 0, 0, 0], w[-1, 0, -1, 0], w[-1, -1, -1, -1] = np.nan, np.inf, 2.0**-10 + 2.0**-21
     w = w.astype(ml_dtypes.bfloat16 if problem.dtype == "bfloat16" else problem.dtype)
-    function = emulate.serial(prepare(problem, config, problem)).with_attr("global_symbol", "prepare")
+    function = emulate.serial(prepare(problem, config, problem))
+    function = function.with_attr("global_symbol", "prepare")
     module = tvm.IRModule({"prepare": function})
     given = tvm.runtime.tensor(w)
     out = tvm.runtime.tensor(np.ones(packed_tiles(g), problem.dtype))

@@ -32,6 +32,13 @@ def places(tmp_path, monkeypatch):
     return first, second
 
 
+@pytest.fixture(autouse=True)
+def without_models(monkeypatch):
+    """What is recorded here has nothing to do with what models say."""
+    for schedule in SCHEDULES.values():
+        monkeypatch.setattr(type(schedule), "microseconds", lambda *_: None)
+
+
 @pytest.fixture
 def place(places):
     return places[0]
@@ -317,3 +324,18 @@ def test_kernels_and_the_command_say_where_it_comes_from(place, tmp_path):
     assert f"\nfrom             record {path}:2\n" in shown(exported)
     chosen = select(PROBLEM, CPU, "cpu_blocked", {})
     assert chosen.origin.kind == "given"
+
+
+def test_a_schedule_without_a_record_has_to_be_faster_by_far(place, monkeypatch):
+    """By its model, than what others were measured to be."""
+    write(place, _simt(10.0), name="cuda_simt")
+    others = [s for s in supporting(PROBLEM, H100).values() if s.name != "cuda_simt"]
+    for time, beats in ((None, False), (7.5, False), (6.9, True)):
+        monkeypatch.setattr(type(others[0]), "microseconds", lambda *_, time=time: time)
+        choice = select(PROBLEM, H100)
+        assert (choice.schedule.name == "cuda_simt") != beats
+        if beats:
+            assert str(choice.origin) == "heuristic"
+            assert choice.rejected["cuda_simt"] == (
+                f"10.00 us by its own record (full), {choice.schedule.name} 6.9 predicted"
+            )
