@@ -255,7 +255,7 @@ def test_cuda_functions_are_built_without_a_gpu(tmp_path):
     model = Chained(lambda y, _: F.max_pool2d(F.relu(y), 2)).eval()
     module = rewrite(imported(model, torch.randn(2, 6, 8, 9)))
     [layer] = rewrite.report.replaced
-    assert layer.schedule == "cuda_window_tf32"
+    assert layer.schedule == "cuda_thin_tf32"
     assert build(module, target) is not None
 
 

@@ -47,7 +47,7 @@ def wheel(tmp_path_factory):
             shutil.copytree(ROOT / part, tree / part, symlinks=True, ignore=ignored)
         else:
             shutil.copy(ROOT / part, tree / part)
-    write(tree / "tuning_logs", make(12.0, target=H100, schedule="cuda_simt"), name="test")
+    write(tree / "tuning_logs", make(2.0, target=H100, schedule="cuda_simt"), name="test")
     folder = metaschedule.folder(PROBLEM, H100, tree / "tuning_logs")
     folder.mkdir(parents=True)
     for name in TUNED:
@@ -98,7 +98,7 @@ def test_an_installed_package_finds_its_records(wheel, tmp_path):
     assert Path(place) == installed
     assert tuned == f"True {metaschedule.folder(PROBLEM, H100, installed)}"
     record = Path("tuning_logs", "nvidia-h100", "test.jsonl")
-    assert origin == f"record {record}:1, 12.00 us on 'NVIDIA H100'"
+    assert origin == f"record {record}:1, 2.00 us on 'NVIDIA H100'"
 
 
 def test_this_tree_finds_the_top_level_folder():
