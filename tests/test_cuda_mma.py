@@ -228,10 +228,14 @@ def test_refused_problems(fields, target, message):
     [
         ("conv9", "float16", "sm_80", None),
         ("conv8", "bfloat16", "sm_86", Config(128, 128, 32, 64, 64, 3)),
-        ("conv12", "float16", "sm_89", Config(128, 64, 64, 32, 32, 3)),
-        ("conv6", "bfloat16", "sm_90", Config(64, 128, 64, 32, 64, 3, 2)),
+        pytest.param(
+            "conv12", "float16", "sm_89", Config(128, 64, 64, 32, 32, 3), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "conv6", "bfloat16", "sm_90", Config(64, 128, 64, 32, 64, 3, 2), marks=pytest.mark.slow
+        ),
         ("conv8", "float16", "sm_90a", Config(128, 256, 64, 128, 32, 4, wgmma=True)),
-        ("conv12", "bfloat16", "sm_90a", None),
+        pytest.param("conv12", "bfloat16", "sm_90a", None, marks=pytest.mark.slow),
     ],
 )
 def test_code(layer, dtype, arch, config, tmp_path):

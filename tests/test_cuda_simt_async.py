@@ -300,9 +300,9 @@ def test_steps_and_sizes_near_32_bits_compile(form, problem):
 @pytest.mark.parametrize(
     ("layer", "layout", "arch"),
     [
-        ("conv2", "NCHW", "sm_90"),
+        pytest.param("conv2", "NCHW", "sm_90", marks=pytest.mark.slow),
         ("conv3", "NHWC", "sm_80"),
-        ("conv8", "NCHW", "sm_80"),
+        pytest.param("conv8", "NCHW", "sm_80", marks=pytest.mark.slow),
         ("conv12", "NHWC", "sm_90"),
     ],
 )
