@@ -170,6 +170,7 @@ def patched(problem: ConvProblem) -> ConvProblem | None:
     wide = columns * p.in_channels
     if (
         p.kernel_size != p.stride
+        or p.dilation != (1, 1)
         or not divided
         or any(map(any, p.padding))
         or columns == 1

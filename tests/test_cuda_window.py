@@ -391,5 +391,6 @@ def test_windows_side_by_side_are_read_in_place(problem):
         problem.replace(padding=((0, rows), (0, 0))),
         problem.replace(input_size=(problem.input_size[0] + 1, problem.input_size[1])),
         problem.replace(stride=(rows, columns + 1)),
+        problem.replace(dilation=(1, 2)),
     ):
         assert walk(other) == other

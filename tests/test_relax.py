@@ -222,6 +222,39 @@ def test_batches_of_any_size_stay_tvms_own():
         np.testing.assert_allclose(outputs(module, x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_normalisation_by_the_batch_stays_so():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train(), torch.randn(4, 3, 8, 8)
+    module = imported(model, x)
+    rewrite = UseIm2win("llvm")
+    rewritten = rewrite(module)
+    assert len(rewrite.report.replaced) == 1
+
+    def all_outputs(module):
+        out = relax.VirtualMachine(build(module, "llvm"), tvm.cpu())["main"](
+            tvm.runtime.tensor(x.numpy())
+        )
+        return [each.numpy() for each in out]
+
+    for actual, wanted in zip(all_outputs(rewritten), all_outputs(module), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_filters_of_symbolic_shape_stay_tvms_own():
+    builder, n = relax.BlockBuilder(), tvm.tirx.Var("n", "int64")
+    x = relax.Var("x", relax.TensorType((1, 3, 8, 8), "float32"))
+    w = relax.Var("w", relax.TensorType((n, 3, 3, 3), "float32"))
+    with builder.function("main", [x, w]):
+        with builder.dataflow():
+            y = builder.emit(relax.op.nn.conv2d(x, w))
+            one = relax.const(np.ones((1, 1, 1, 1), "float32"))
+            y = builder.emit_output(relax.op.add(y, one))
+        builder.emit_func_output(y)
+    rewrite = UseIm2win("llvm", layout=None)
+    rewrite(builder.get())
+    [layer] = rewrite.report.layers
+    assert layer.schedule is None and "allowed are numbers" in layer.origin
+
+
 def test_layout_is_checked():
     with pytest.raises(ValueError, match="layout='HWC': allowed are 'NHWC', 'NCHW' and None"):
         UseIm2win("llvm", layout="HWC")

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import im2win_tvm.torch as ours  # noqa: E402
-from im2win_tvm import kernel_cache, reference  # noqa: E402
+from im2win_tvm import AccuracyError, kernel_cache, reference  # noqa: E402
 from im2win_tvm.epilogue import Epilogue  # noqa: E402
 from im2win_tvm.kernel_cache import KernelCache  # noqa: E402
 from im2win_tvm.problem import ConvProblem  # noqa: E402
@@ -138,6 +138,11 @@ def test_autocast_and_vmap():
     assert_same(y, torch.stack([F.conv2d(one, w, b, *rest) for one in many]))
     y = torch.vmap(lambda one: ours.conv2d(one, w, b, *rest), in_dims=4)(many.movedim(0, 4))
     assert_same(y, torch.stack([F.conv2d(one, w, b, *rest) for one in many]))
+    doubles = [t.double() for t in (x, w, b)]
+    with torch.autocast("cpu", torch.float16), pytest.warns(ours.FallbackWarning):
+        assert ours.conv2d(*doubles, *rest).dtype == torch.float64
+    with pytest.raises(AccuracyError, match="accuracy='tf23': allowed for float32"):
+        ours.conv2d(x, w, b, *rest, accuracy="tf23")
     with pytest.raises(NotImplementedError, match="vmap over weight or bias: allowed is vmap ov"):
         torch.vmap(lambda one: ours.conv2d(x, one, b, *rest))(torch.stack([w, w]))
 
@@ -156,14 +161,20 @@ def test_constant_weights_are_prepared_again_when_pytorch_counts_a_change():
     with torch.no_grad():
         w.mul_(2)
     both(w)
+    # Another tensor of the same memory, which has not counted the changes.
+    memory = np.ones((6, 4, 3, 3), "float32")
+    for factor in (1, 3):
+        memory *= factor
+        actual = ours.conv2d(x, torch.from_numpy(memory), b, *rest, constant_weight=True)
+        assert_same(actual, F.conv2d(x, torch.from_numpy(memory), b, *rest))
     w.data.mul_(2)  # as documented: not seen
     actual = ours.conv2d(x, w, b, *rest, constant_weight=True)
     assert not torch.equal(actual, F.conv2d(x, w, b, *rest))
-    key = next(k for k in operator._PREPARED._held if k[1] == w.data_ptr())
-    del w
+    key = next(k for k in operator._PREPARED._held if k[1] == w.untyped_storage()._cdata)
     other = torch.ones(6, 4, 3, 3)
+    del w
     ours.conv2d(x, other, b, *rest, constant_weight=True)
-    assert key not in operator._PREPARED._held or key[1] == other.data_ptr()
+    assert key not in operator._PREPARED._held
 
 
 def test_what_no_kernel_takes_is_pytorchs_and_told_once():
@@ -266,6 +277,30 @@ def test_convert_without_inputs_and_compiled_whole():
     for given in (x, x.to(memory_format=torch.channels_last)):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(given), expected)
+
+
+def test_convert_leaves_the_model_as_it_was_otherwise():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.conv(input=x))
+
+    model, called = Keyword(), []
+    hook = model.conv.register_forward_hook(lambda *_: called.append(1))
+    mean = model.norm.running_mean.clone()
+    assert len(ours.convert(model, torch.randn(2, 3, 8, 8)).modules) == 1
+    ours.convert(model)
+    assert type(model.conv) is ours.Conv2d and model.training and model.norm.training
+    assert torch.equal(model.norm.running_mean, mean)
+    hook.remove()
+    called.clear()
+    model(torch.randn(2, 3, 8, 8))
+    assert not called
+    [entry] = ours.convert(nn.Conv2d(3, 4, 3)).modules
+    assert not entry.replaced and "Conv2d.of" in entry.reason
 
 
 def test_convert_measures():

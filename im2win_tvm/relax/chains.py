@@ -127,7 +127,10 @@ def _per_channel(expr: relax.Expr, conv: relax.Call) -> np.ndarray | None:
     if not isinstance(expr, tvm.ir.GenericConst):
         return None
     values = expr.value.numpy().astype("float64")
-    channels = int(conv.args[1].ty.shape[conv.attrs.kernel_layout.index("O")])
+    try:
+        channels = int(conv.args[1].ty.shape[conv.attrs.kernel_layout.index("O")])
+    except (TypeError, ValueError):  # symbolic, or unknown
+        return None
     axis = (conv.attrs.out_layout or conv.attrs.data_layout).index("C")
     shape = (1,) * (4 - values.ndim) + values.shape
     if len(shape) != 4 or any(n != 1 for i, n in enumerate(shape) if i != axis):

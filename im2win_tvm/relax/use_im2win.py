@@ -10,6 +10,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from ..accuracy import allowed
 from ..emulate import serial
 from ..epilogue import Epilogue
 from ..lower import calls, function_parameters, is_tirx, lower
@@ -109,7 +110,8 @@ class UseIm2win:
 def _simplified(module: tvm.IRModule, layout: str | None) -> tvm.IRModule:
     """With constants folded and batch normalisation taken apart, in one layout."""
     passes = [
-        relax.transform.DecomposeOpsForInference(),
+        # It takes normalisation by the batch's own statistics for that by running ones.
+        *([] if _trains(module) else [relax.transform.DecomposeOpsForInference()]),
         relax.transform.CanonicalizeBindings(),
         relax.transform.FoldConstant(),
         relax.transform.DeadCodeElimination(),
@@ -118,6 +120,20 @@ def _simplified(module: tvm.IRModule, layout: str | None) -> tvm.IRModule:
         wanted = {"relax.nn.conv2d": [layout, "OIHW"]}
         passes = [relax.transform.ConvertLayout(wanted), relax.transform.Normalize(), *passes]
     return tvm.ir.transform.Sequential(passes)(module)
+
+
+def _trains(module: tvm.IRModule) -> bool:
+    """Whether anything is normalised by the statistics of the batch."""
+    found = []
+
+    def visit(expr):
+        if isinstance(expr, relax.Call) and getattr(expr.op, "name", "") == "relax.nn.batch_norm":
+            found.append(bool(expr.attrs.training))
+
+    for function in module.functions.values():
+        if isinstance(function, relax.Function):
+            relax.analysis.post_order_visit(function, visit)
+    return any(found)
 
 
 def _tell_of_others(function: relax.Function, report: Report) -> None:
@@ -142,7 +158,9 @@ class _Functions:
         """Raises ScheduleError."""
         key = problem, epilogue
         if key not in self._lowered:
-            choice = select(problem, self.target, accuracy=self.accuracy)
+            # A class of float32 says nothing of a model's other convolutions.
+            accuracy = self.accuracy if self.accuracy in allowed(problem.dtype) else None
+            choice = select(problem, self.target, accuracy=accuracy)
             reason = self.keep(problem, choice) if self.keep else None
             if reason is not None:
                 raise ScheduleError(reason)

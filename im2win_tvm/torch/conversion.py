@@ -64,7 +64,7 @@ def convert(
 ) -> Report:
     """Replace the model's ``nn.Conv2d`` in place by `Conv2d`, which share their parameters.
 
-    inputs: those of a call of the model. With them the model runs once, without gradients, to see
+    inputs: those of a call of the model. With them the model runs once, in evaluation mode, to see
     what its convolutions are given; each is then timed both ways on random tensors like these, and
     replaced if it is faster. Without them all are replaced that can be. accuracy: as in
     `im2win_tvm.compile`; freeze: as `Conv2d.freeze`, and timed so.
@@ -75,6 +75,8 @@ def convert(
         if type(module) is not nn.Conv2d:
             continue
         trial = reason = refusal(module)
+        if module is model:
+            reason = "it is the model itself: Conv2d.of(model) makes one of it"
         if reason is None:
             trial = Conv2d.of(module, accuracy)
             trial.frozen = freeze
@@ -117,18 +119,24 @@ def _seen(model: nn.Module, inputs: tuple) -> dict[nn.Module, list[torch.Tensor]
     """Tensors like those that each convolution is given in one call of the model."""
     seen: dict[nn.Module, list[torch.Tensor]] = {}
 
-    def see(module, arguments):
-        seen.setdefault(module, []).append(torch.randn_like(arguments[0]))
+    def see(module, arguments, keywords):
+        x = arguments[0] if arguments else keywords["input"]
+        seen.setdefault(module, []).append(torch.randn_like(x))
 
     hooks = [
-        module.register_forward_pre_hook(see)
+        module.register_forward_pre_hook(see, with_kwargs=True)
         for module in model.modules()
         if type(module) is nn.Conv2d
     ]
+    # Running statistics are not to change.
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
         with torch.no_grad():
             model(*inputs)
     finally:
+        for module in training:
+            module.training = True
         for hook in hooks:
             hook.remove()
     return seen

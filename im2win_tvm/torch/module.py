@@ -31,8 +31,10 @@ class Conv2d(nn.Conv2d):
         if reason is not None:
             raise ValueError(reason)
         made = cls.__new__(cls)
-        held = module.__dict__.items()
-        made.__dict__.update((k, v.copy() if isinstance(v, dict) else v) for k, v in held)
+        made.__dict__.update(module.__dict__)
+        # Hooks stay shared: who placed one may remove it.
+        for name in ("_parameters", "_buffers", "_modules"):
+            made.__dict__[name] = module.__dict__[name].copy()
         made.accuracy, made.frozen = accuracy, False
         return made
 

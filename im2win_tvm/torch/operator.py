@@ -10,11 +10,13 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..accuracy import AccuracyError
 from ..arrays import ArgumentError
 from ..epilogue import Epilogue
 from ..kernel import Kernel, PreparedWeights
@@ -58,12 +60,14 @@ def conv2d(
 
     input: ``[N, Ci, H, W]``, contiguous or in channels_last format, which the output ``[N, Co, Ho,
     Wo]`` has too; any other is copied. weight: ``[Co, Ci / groups, Kh, Kw]``; bias: ``[Co]``; all
-    of one dtype: float32, float16 or bfloat16. accuracy: as in `im2win_tvm.compile`.
+    of one dtype: float32, float16 or bfloat16. accuracy: as in `im2win_tvm.compile`, which raises
+    AccuracyError for one that the dtype does not have.
     constant_weight: the weight is brought into the kernel's order once, and again when PyTorch has
     counted a change of it; changes by way of ``weight.data`` are not counted and not seen.
     """
     stride, padding, dilation = (
-        (value, value) if isinstance(value, int) else value for value in (stride, padding, dilation)
+        (int(value),) * 2 if isinstance(value, Integral) else value
+        for value in (stride, padding, dilation)
     )
     return torch.ops.im2win.conv2d(
         input, weight, bias, stride, padding, dilation, groups, accuracy, constant_weight
@@ -108,6 +112,8 @@ class _Call(NamedTuple):
             return CACHE.get(
                 self.problem(), target, accuracy=self.accuracy, epilogue=Epilogue(self.bias)
             )
+        except AccuracyError:
+            raise
         except Exception as error:  # whatever is missing or failed, PyTorch can do it
             warnings.warn(
                 f"PyTorch computes the convolution of {self.shape} with {self.weight_shape}, "
@@ -145,11 +151,15 @@ class _Prepared:
     def get(self, kernel: Kernel, weight: torch.Tensor) -> PreparedWeights | torch.Tensor:
         if weight.is_inference():  # has no count of changes
             return weight.contiguous()
-        key = kernel.metadata["prepare_hash"], weight.data_ptr(), weight.stride(), weight.device
+        storage, version = weight.untyped_storage(), weight._version
+        # Another tensor may come to lie in the same memory: its storage is another one.
+        key = (
+            kernel.metadata["prepare_hash"], storage._cdata, weight.storage_offset(),
+            weight.stride(), weight.device,
+        )  # fmt: skip
         held = self._held.get(key)
-        if held is None or held[0].expired() or held[1] != weight._version:
-            storage, version = StorageWeakRef(weight.untyped_storage()), weight._version
-            held = storage, version, kernel.prepare(weight.contiguous())
+        if held is None or held[0].expired() or held[1] != version:
+            held = StorageWeakRef(storage), version, kernel.prepare(weight.contiguous())
             with self._guard:
                 # Those of weights that are gone go, too.
                 self._held = {k: v for k, v in self._held.items() if not v[0].expired()}
@@ -274,7 +284,11 @@ def _autocast(device: str):
     def cast(input, weight, bias=None, *rest):
         with torch.autocast(device, enabled=False):
             dtype = torch.get_autocast_dtype(device)
-            tensors = (t if t is None else t.to(dtype) for t in (input, weight, bias))
+            # As PyTorch does: float64 stays.
+            tensors = (
+                t if t is None or t.dtype == torch.float64 else t.to(dtype)
+                for t in (input, weight, bias)
+            )
             return torch.ops.im2win.conv2d(*tensors, *rest)
 
     return cast
