@@ -107,9 +107,16 @@ def _name(problem: ConvProblem, target: Target, accuracy: str | None, epilogue: 
 def _source() -> str:
     """A hash of this package's source."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in _PACKAGE.glob("**/*") if p.suffix in (".py", ".c", ".cuh")):
-        digest.update(f"{path.relative_to(_PACKAGE)}\0".encode() + path.read_bytes())
+    for path in _files():
+        digest.update(f"{path.name}\0".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def _files() -> list[Path]:
+    """The source; in a checkout schedules are a link, which glob does not follow."""
+    places = (_PACKAGE, (_PACKAGE / "schedules").resolve())
+    found = {path for place in places for path in place.glob("**/*")}
+    return sorted(path for path in found if path.suffix in (".py", ".c", ".cuh"))
 
 
 def _records() -> list[tuple[str, int, int]]:

@@ -394,6 +394,7 @@ def test_new_records_and_versions_are_other_kernels(monkeypatch, tmp_path):
     def name(accuracy=None):
         return kernel_cache._name(PROBLEM, target, accuracy, Epilogue())
 
+    assert {"cpu_blocked.py", "kernel_cache.py"} <= {path.name for path in kernel_cache._files()}
     first = name()
     assert name() == first != name("tf32")
     logs = tmp_path / "logs" / "device"
