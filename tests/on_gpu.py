@@ -4,7 +4,10 @@ import functools
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,3 +168,30 @@ def assert_right_in_another_process(library, made, expected, folder):
     )
     assert done.returncode == 0, done.stderr
     np.testing.assert_array_equal(np.load(folder / "out.npy"), expected)
+
+
+@contextmanager
+def load():
+    """Matrix products and copies on another stream, all the time."""
+    done = threading.Event()
+
+    def work():
+        stream = torch().cuda.Stream()
+        with torch().cuda.stream(stream):
+            a = torch().ones((2048, 2048), dtype=torch().float16, device=DEVICE)
+            product = torch().empty_like(a)
+            memory = torch().zeros(1 << 26, dtype=torch().uint8, device=DEVICE)
+            first, second = memory.chunk(2)
+            while not done.is_set():
+                for _ in range(4):
+                    torch().mm(a, a, out=product)
+                    second.copy_(first)
+                stream.synchronize()
+
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        try:
+            yield
+        finally:
+            done.set()
+            working.result()

@@ -3,9 +3,7 @@
 Every kernel that the selected tests ask for is built before the first of them, as in `test_gpu`.
 """
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -29,6 +27,7 @@ from on_gpu import (
     assert_right,
     assert_right_in_another_process,
     build_for,
+    load,
     poisoned,
     run,
     solved,
@@ -119,33 +118,6 @@ def test_values(kernel):
 @pytest.mark.parametrize("asked", LAYERS, ids=str)
 def test_layers(kernel):
     assert_close_to_float64(kernel)
-
-
-@contextmanager
-def load():
-    """Matrix products and copies on another stream, all the time."""
-    done = threading.Event()
-
-    def work():
-        stream = torch().cuda.Stream()
-        with torch().cuda.stream(stream):
-            a = torch().ones((2048, 2048), dtype=torch().float16, device=DEVICE)
-            product = torch().empty_like(a)
-            memory = torch().zeros(1 << 26, dtype=torch().uint8, device=DEVICE)
-            first, second = memory.chunk(2)
-            while not done.is_set():
-                for _ in range(4):
-                    torch().mm(a, a, out=product)
-                    second.copy_(first)
-                stream.synchronize()
-
-    with ThreadPoolExecutor(1) as pool:
-        working = pool.submit(work)
-        try:
-            yield
-        finally:
-            done.set()
-            working.result()
 
 
 @pytest.mark.parametrize("asked", BUSY, ids=str)

@@ -143,7 +143,7 @@ def test_autocast_and_vmap():
         assert ours.conv2d(*doubles, *rest).dtype == torch.float64
     with pytest.raises(AccuracyError, match="accuracy='tf23': allowed for float32"):
         ours.conv2d(x, w, b, *rest, accuracy="tf23")
-    with pytest.raises(NotImplementedError, match="vmap over weight or bias: allowed is vmap ov"):
+    with pytest.raises(RuntimeError, match="vmap over weight or bias: allowed is vmap ov"):
         torch.vmap(lambda one: ours.conv2d(x, one, b, *rest))(torch.stack([w, w]))
 
 
@@ -185,6 +185,15 @@ def test_what_no_kernel_takes_is_pytorchs_and_told_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours.conv2d(x, w, b, *rest)
+
+
+@pytest.mark.parametrize(("accuracy", "kept"), [(None, True), ("tf32", True), ("strict", False)])
+def test_pytorch_keeps_the_class_that_was_asked_for(accuracy, kept, monkeypatch):
+    """Where it takes over, on CUDA: cuDNN's TF32 is on unless somebody turns it off."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with operator._classes(accuracy):
+        assert torch.backends.cudnn.allow_tf32 == kept
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_a_toolchain_that_fails_costs_the_speed_alone(monkeypatch):

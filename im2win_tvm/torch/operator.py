@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import library
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..accuracy import AccuracyError
+from ..accuracy import TF32, AccuracyError
 from ..arrays import ArgumentError
 from ..epilogue import Epilogue
 from ..kernel import Kernel, PreparedWeights
 from ..kernel_cache import KernelCache
 from ..problem import ConvProblem
-from ..target import resolve
+from ..target import TargetError, resolve
 
 __all__ = ["CACHE", "FallbackWarning", "conv2d", "kernel_of"]
 
@@ -32,7 +34,7 @@ CACHE = KernelCache()
 # Data of PyTorch's own tensors is aligned to more; views may begin anywhere.
 _ALIGNMENT = 16
 
-torch.library.define(
+library.define(
     NAME,
     "(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, int[2] padding=0, "
     "int[2] dilation=1, int groups=1, str? accuracy=None, bool constant_weight=False) "
@@ -109,6 +111,8 @@ class _Call(NamedTuple):
         """Or why there is none, after a warning."""
         try:
             target = resolve("llvm" if self.device.type == "cpu" else self.device.type)
+            if self.device.type == "cuda":
+                _check_architecture(self.device)
             return CACHE.get(
                 self.problem(), target, accuracy=self.accuracy, epilogue=Epilogue(self.bias)
             )
@@ -122,6 +126,15 @@ class _Call(NamedTuple):
                 stacklevel=2,
             )
             return str(error)
+
+
+def _check_architecture(device: torch.device) -> None:
+    """Raise TargetError where kernels for the first device do not run on this one."""
+    first, here = (torch.cuda.get_device_capability(each) for each in (0, device))
+    if first != here:
+        raise TargetError(
+            f"{device}: compute capability {here}; allowed is that of the first device, {first}"
+        )
 
 
 _kernels: dict[_Call, Kernel | str] = {}
@@ -145,7 +158,7 @@ class _Prepared:
     """Constant weights in the order of kernels, for as long as PyTorch has them."""
 
     def __init__(self):
-        self._held: dict[tuple, tuple[StorageWeakRef, int, PreparedWeights]] = {}
+        self._held: dict[tuple, tuple[StorageWeakRef, int, PreparedWeights, Any]] = {}
         self._guard = threading.Lock()
 
     def get(self, kernel: Kernel, weight: torch.Tensor) -> PreparedWeights | torch.Tensor:
@@ -158,16 +171,40 @@ class _Prepared:
             weight.stride(), weight.device,
         )  # fmt: skip
         held = self._held.get(key)
+        capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
         if held is None or held[0].expired() or held[1] != version:
-            held = StorageWeakRef(storage), version, kernel.prepare(weight.contiguous())
+            if capturing:  # nothing is computed now: others would read what is not there yet
+                return weight.contiguous()
+            made = kernel.prepare(weight.contiguous())
+            event = torch.cuda.current_stream().record_event() if weight.is_cuda else None
+            held = StorageWeakRef(storage), version, made, event
             with self._guard:
                 # Those of weights that are gone go, too.
                 self._held = {k: v for k, v in self._held.items() if not v[0].expired()}
                 self._held[key] = held
+        elif weight.is_cuda and not capturing:
+            # They may have been made on another stream, and be dropped while this one reads them.
+            stream = torch.cuda.current_stream()
+            stream.wait_event(held[3])
+            held[2].packed.record_stream(stream)
         return held[2]
 
 
 _PREPARED = _Prepared()
+
+
+@contextmanager
+def _classes(accuracy: str | None) -> Iterator[None]:
+    """Keep PyTorch in float32's own class where that was asked for by name: cuDNN takes TF32."""
+    if accuracy in (None, TF32):
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _is_channels_last(x: torch.Tensor) -> bool:
@@ -178,7 +215,7 @@ def _rows_last(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-@torch.library.impl(NAME, ("cpu", "cuda"))
+@library.impl(NAME, ("cpu", "cuda"))
 def _computed(
     input, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1,
     accuracy=None, constant_weight=False,
@@ -192,7 +229,10 @@ def _computed(
     if x.numel() and w.numel():
         kernel = kernel_of(x, w, b, stride, padding, dilation, groups, accuracy)
     if isinstance(kernel, str):
-        y = torch.ops.aten.convolution(x, w, b, stride, padding, dilation, False, (0, 0), groups)
+        with _classes(accuracy):
+            y = torch.ops.aten.convolution(
+                x, w, b, stride, padding, dilation, False, (0, 0), groups
+            )
         return y.contiguous(
             memory_format=torch.channels_last if channels_last else torch.contiguous_format
         )
@@ -248,7 +288,7 @@ def _output_shape(x, weight, stride, padding, dilation) -> tuple:
     return (x.shape[0], weight.shape[0], *size)
 
 
-@torch.library.register_fake(NAME)
+@library.register_fake(NAME)
 def _fake(
     input, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1,
     accuracy=None, constant_weight=False,
@@ -277,7 +317,7 @@ def _backward(ctx, gradient):
     return (*gradients, *[None] * 6)
 
 
-torch.library.register_autograd(NAME, _backward, setup_context=_keep)
+library.register_autograd(NAME, _backward, setup_context=_keep)
 
 
 def _autocast(device: str):
@@ -294,16 +334,16 @@ def _autocast(device: str):
     return cast
 
 
-_LIBRARY = torch.library.Library("im2win", "FRAGMENT")
+_LIBRARY = library.Library("im2win", "FRAGMENT")
 for _device in ("cpu", "cuda"):
     _LIBRARY.impl("conv2d", _autocast(_device), f"Autocast{_device.upper()}")
 
 
-@torch.library.register_vmap(NAME)
+@library.register_vmap(NAME)
 def _vmap(info, in_dims, input, weight, bias=None, *rest):
     """Over inputs: their batches are one. Over weights it is refused."""
     if any(dim is not None for dim in in_dims[1:3]):
-        raise NotImplementedError(
+        raise RuntimeError(
             "im2win::conv2d: vmap over weight or bias: allowed is vmap over input; call "
             "torch.nn.functional.conv2d"
         )
