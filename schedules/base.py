@@ -30,6 +30,8 @@ class Schedule(ABC):
 
     name: str
     kind: str  # of the target: "llvm" or "cuda"
+    # GHz at which `estimate` counts cycles of a whole call; None: it only ranks.
+    clock: float | None = None
 
     @abstractmethod
     def check(self, config: Any, problem: ConvProblem, target: Target) -> str | None:
@@ -52,7 +54,9 @@ class Schedule(ABC):
 
         None: there is no such model.
         """
-        return None
+        if self.clock is None:
+            return None
+        return self.estimate(problem, config, target) / (1e3 * self.clock)
 
     @abstractmethod
     def schedule(self, problem: ConvProblem, config: Any, target: Target, epilogue: Epilogue):

@@ -44,6 +44,7 @@ _LEAST = dict(rows=1, columns=1, vector=1, threads=32, band=0, groups=1, blocks=
 class CudaDepthwise(Schedule):
     name = "cuda_depthwise"
     kind = "cuda"
+    clock = CLOCK
 
     def supports(self, problem, target):
         reason = super().supports(problem, target)
@@ -127,9 +128,6 @@ class CudaDepthwise(Schedule):
 
     def estimate(self, problem: ConvProblem, config: Config, target: CudaTarget) -> float:
         return estimated_cycles(Geometry(problem, config), target)
-
-    def microseconds(self, problem: ConvProblem, config: Config, target: CudaTarget) -> float:
-        return self.estimate(problem, config, target) / (1e3 * CLOCK)
 
     def schedule(self, problem, config, target, epilogue):
         layout = nhwc if problem.channels_last else nchw

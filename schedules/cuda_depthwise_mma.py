@@ -44,6 +44,7 @@ _FIELDS = ("channels", "images", "lines", "blocks")
 class CudaDepthwiseMma(Schedule):
     name = "cuda_depthwise_mma"
     kind = "cuda"
+    clock = CLOCK
 
     def supports(self, problem, target):
         p, reason = problem, super().supports(problem, target)
@@ -144,9 +145,6 @@ class CudaDepthwiseMma(Schedule):
 
     def estimate(self, problem: ConvProblem, config: Config, target: CudaTarget) -> float:
         return estimated_cycles(Geometry(problem, config), target)
-
-    def microseconds(self, problem: ConvProblem, config: Config, target: CudaTarget) -> float:
-        return self.estimate(problem, config, target) / (1e3 * CLOCK)
 
     def schedule(self, problem, config, target, epilogue):
         return IRModule(

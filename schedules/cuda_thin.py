@@ -46,6 +46,7 @@ MAX_ELEMENTS = 2**31
 class CudaThin(Schedule):
     name = "cuda_thin"
     kind = "cuda"
+    clock = CLOCK
     dtypes = ("float16", "bfloat16")
 
     def supports(self, problem, target):
@@ -115,9 +116,6 @@ class CudaThin(Schedule):
 
     def estimate(self, problem: ConvProblem, config: Config, target: CudaTarget) -> float:
         return cycles(Geometry(problem, config), target)
-
-    def microseconds(self, problem: ConvProblem, config: Config, target: CudaTarget) -> float:
-        return self.estimate(problem, config, target) / (1e3 * CLOCK)
 
     def schedule(self, problem, config, target, epilogue):
         parts = Geometry(problem, config).parts(target.multiprocessors)

@@ -55,6 +55,7 @@ SMALLEST = Config(1, 1, 8, taps="tap", filter_stages=2)
 class CudaWindow(Schedule):
     name = "cuda_window"
     kind = "cuda"
+    clock = CLOCK
     dtypes = ("float16", "bfloat16")
 
     def supports(self, problem, target):
@@ -75,23 +76,9 @@ class CudaWindow(Schedule):
 
     def check(self, config: Config, problem: ConvProblem, target: CudaTarget) -> str | None:
         c = config
-        for field in ("images", "turns", "dense"):
-            if not isinstance(getattr(c, field), bool):
-                return f"{field}={getattr(c, field)!r}: allowed are True and False"
-        for field, least in _LEAST.items():
-            value = getattr(c, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                return f"{field}={value!r}: allowed are whole numbers from {least}"
-        if c.taps not in ("window", "row", "tap"):
-            return f"taps={c.taps!r}: allowed are 'window', 'row' and 'tap'"
-        if c.filter_stages == 1:
-            return "filter_stages=1: allowed are 0, for all of the filter, and 2 or more"
-        if c.images and c.tile_n % ATOM_ROWS:
-            return f"tile_n={c.tile_n}: with images=True a multiple of {ATOM_ROWS}"
-        if not c.images and (c.tile_w % ATOM_ROWS or (c.tile_h > 1 and c.tile_w > ATOM_ROWS)):
-            return f"tile_w={c.tile_w}: {ATOM_ROWS}, or in a tile of one row a multiple of it"
-        if c.dense and c.images and c.tile_n != ATOM_ROWS:
-            return f"tile_n={c.tile_n}: with dense=True and images=True it has to be {ATOM_ROWS}"
+        reason = reason_of_fields(c, ("images", "turns", "dense"), _LEAST)
+        if reason is not None:
+            return reason
         if c.piece_n > 256:
             return (
                 f"tile_n={c.tile_n}, tile_h={c.tile_h}, tile_w={c.tile_w}: more than 256 a matrix"
@@ -111,11 +98,9 @@ class CudaWindow(Schedule):
         reason = g.tensor_map.reason()
         if reason is not None:
             return f"stride={problem.stride}, tile: {reason}"
-        if c.split > min(g.copies, MAX_CLUSTER) or (c.split > 1 and c.filter_stages == 0):
-            return f"split={c.split}: of {g.copies} copies at most {MAX_CLUSTER}, filter_stages > 0"
-        rings = c.pixel_stages * g.stage_bytes + g.filter_stages * g.filter_bytes
-        if c.split > 1 and rings < c.consumers * c.sums * WARPGROUP * 4:
-            return f"split={c.split}: {rings} bytes of rings do not hold the sums"
+        reason = reason_of_split(c, g)
+        if reason is not None:
+            return reason
         # Above the block's own limit even one block is too much.
         taken = c.blocks * (g.shared_bytes + SYSTEM_BYTES)
         if g.shared_bytes > BLOCK_BYTES or taken > MULTIPROCESSOR_BYTES:
@@ -142,9 +127,6 @@ class CudaWindow(Schedule):
     def estimate(self, problem: ConvProblem, config: Config, target: CudaTarget) -> float:
         return _cost(walk(problem), config, target)
 
-    def microseconds(self, problem: ConvProblem, config: Config, target: CudaTarget) -> float:
-        return self.estimate(problem, config, target) / (1e3 * CLOCK)
-
     def schedule(self, problem, config, target, epilogue):
         walked = walk(problem)
         module = {PREPARE: prepare(walked, config, problem)}
@@ -152,6 +134,38 @@ class CudaWindow(Schedule):
             module[TRANSFORM] = copy_channels_last(problem)
         module[CONV] = convolve(walked, config, epilogue, problem, grid(walked, config, target))
         return IRModule(module)
+
+
+def reason_of_fields(c: Config, flags: tuple[str, ...], least: dict[str, int]) -> str | None:
+    """What is wrong with single fields, and with the shape of a tile; None if nothing is."""
+    for field in flags:
+        if not isinstance(getattr(c, field), bool):
+            return f"{field}={getattr(c, field)!r}: allowed are True and False"
+    for field, smallest in least.items():
+        value = getattr(c, field)
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            return f"{field}={value!r}: allowed are whole numbers from {smallest}"
+    if c.taps not in ("window", "row", "tap"):
+        return f"taps={c.taps!r}: allowed are 'window', 'row' and 'tap'"
+    if c.filter_stages == 1:
+        return "filter_stages=1: allowed are 0, for all of the filter, and 2 or more"
+    if c.images and c.tile_n % ATOM_ROWS:
+        return f"tile_n={c.tile_n}: with images=True a multiple of {ATOM_ROWS}"
+    if not c.images and (c.tile_w % ATOM_ROWS or (c.tile_h > 1 and c.tile_w > ATOM_ROWS)):
+        return f"tile_w={c.tile_w}: {ATOM_ROWS}, or in a tile of one row a multiple of it"
+    if c.dense and c.images and c.tile_n != ATOM_ROWS:
+        return f"tile_n={c.tile_n}: with dense=True and images=True it has to be {ATOM_ROWS}"
+    return None
+
+
+def reason_of_split(c: Config, g: Geometry) -> str | None:
+    """What is wrong with a division of K over a cluster, whose sums meet in the rings."""
+    if c.split > min(g.copies, MAX_CLUSTER) or (c.split > 1 and c.filter_stages == 0):
+        return f"split={c.split}: of {g.copies} copies at most {MAX_CLUSTER}, filter_stages > 0"
+    rings = c.pixel_stages * g.stage_bytes + g.filter_stages * g.filter_bytes
+    if c.split > 1 and rings < c.consumers * c.sums * WARPGROUP * 4:
+        return f"split={c.split}: {rings} bytes of rings do not hold the sums"
+    return None
 
 
 def walk(problem: ConvProblem) -> ConvProblem:

@@ -24,13 +24,19 @@ from ..problem import ConvProblem
 from ..target import CudaTarget
 from .base import CONV, PREPARE, TRANSFORM, Schedule
 from .cuda_channels_last import copy_channels_last, is_needed, shape
-from .cuda_window import LEAST_CHANNELS, MAX_CLUSTER, MAX_ELEMENTS, folded, grid
+from .cuda_window import (
+    LEAST_CHANNELS,
+    MAX_ELEMENTS,
+    folded,
+    grid,
+    reason_of_fields,
+    reason_of_split,
+)
 from .cuda_window_fp32_cost import CLOCK, candidates, cycles
 from .cuda_window_fp32_filter import packed_shape, prepare
 from .cuda_window_fp32_kernel import convolve
 from .cuda_window_fp32_tiles import Config, SplitGeometry, registers
 from .cuda_window_tiles import BLOCK_BYTES
-from .hopper import ATOM_ROWS, WARPGROUP
 
 # Registers of a multiplying thread beside its sums and their parts, and those of each scale that it
 # holds: what nvcc 13.0 needs without spilling. Those that one wgmma needs beside its sums; ptxas
@@ -47,6 +53,7 @@ SMALLEST = Config(1, 1, 8, taps="tap", filter_stages=2, block="pixel")
 
 class CudaWindowFp32(Schedule):
     name = "cuda_window_fp32"
+    clock = CLOCK
     kind = "cuda"
 
     def supports(self, problem, target):
@@ -75,25 +82,11 @@ class CudaWindowFp32(Schedule):
 
     def check(self, config: Config, problem: ConvProblem, target: CudaTarget) -> str | None:
         c = config
-        for field in ("images", "dense"):
-            if not isinstance(getattr(c, field), bool):
-                return f"{field}={getattr(c, field)!r}: allowed are True and False"
-        for field, least in _LEAST.items():
-            value = getattr(c, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                return f"{field}={value!r}: allowed are whole numbers from {least}"
+        reason = reason_of_fields(c, ("images", "dense"), _LEAST)
+        if reason is not None:
+            return reason
         if c.turns is not False or c.blocks != 1:
             return f"turns={c.turns!r}, blocks={c.blocks!r}: {self.name} takes False and 1"
-        if c.taps not in ("window", "row", "tap"):
-            return f"taps={c.taps!r}: allowed are 'window', 'row' and 'tap'"
-        if c.filter_stages == 1:
-            return "filter_stages=1: allowed are 0, for all of the filter, and 2 or more"
-        if c.images and c.tile_n % ATOM_ROWS:
-            return f"tile_n={c.tile_n}: with images=True a multiple of {ATOM_ROWS}"
-        if not c.images and (c.tile_w % ATOM_ROWS or (c.tile_h > 1 and c.tile_w > ATOM_ROWS)):
-            return f"tile_w={c.tile_w}: {ATOM_ROWS}, or in a tile of one row a multiple of it"
-        if c.dense and c.images and c.tile_n != ATOM_ROWS:
-            return f"tile_n={c.tile_n}: with dense=True and images=True it has to be {ATOM_ROWS}"
         if c.block not in ("patch", "pixel"):
             return f"block={c.block!r}: allowed are 'patch' and 'pixel'"
         if c.block == "patch" and (c.tile_n > MOST_IMAGES if c.images else c.tile_n > 1):
@@ -124,11 +117,9 @@ class CudaWindowFp32(Schedule):
         reason = g.tensor_map.reason()
         if reason is not None:
             return f"stride={problem.stride}, tile: {reason}"
-        if c.split > min(g.copies, MAX_CLUSTER) or (c.split > 1 and c.filter_stages == 0):
-            return f"split={c.split}: of {g.copies} copies at most {MAX_CLUSTER}, filter_stages > 0"
-        rings = c.pixel_stages * g.stage_bytes + g.filter_stages * g.filter_bytes
-        if c.split > 1 and rings < c.consumers * c.sums * WARPGROUP * 4:
-            return f"split={c.split}: {rings} bytes of rings do not hold the sums"
+        reason = reason_of_split(c, g)
+        if reason is not None:
+            return reason
         if g.shared_bytes > BLOCK_BYTES:
             return (
                 f"pixel_stages={c.pixel_stages}, filter_stages={c.filter_stages}: "
@@ -153,9 +144,6 @@ class CudaWindowFp32(Schedule):
     def estimate(self, problem: ConvProblem, config: Config, target: CudaTarget) -> float:
         walked = folded(problem)
         return cycles(SplitGeometry(walked, config), grid(walked, config, target), target)
-
-    def microseconds(self, problem: ConvProblem, config: Config, target: CudaTarget) -> float:
-        return self.estimate(problem, config, target) / (1e3 * CLOCK)
 
     def schedule(self, problem, config, target, epilogue):
         walked = folded(problem)
