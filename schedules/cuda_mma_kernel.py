@@ -30,6 +30,7 @@ from .cuda_mma_tiles import (
     reduction,
     shared_bytes,
 )
+from .hopper import settle
 
 
 def prepare(problem: ConvProblem, config: Config):
@@ -278,7 +279,9 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
                 "uint64", T.cuda.cvta_generic_to_shared(ring.ptr_to([0])) // 16)
             pixels_at: T.let = filter_at + T.Cast(
                 "uint64", (FILTER + warp // WARPGROUP * (WARPGROUP * c.warp_p * BK)) // CHUNK)
-        for _ in T.serial(K_TILES):
+
+        @T.inline
+        def take_tile(last):
             T.ptx["cp.async.wait_group"](AHEAD - 1)
             if c.wgmma:
                 # Copies are ordinary writes, and wgmma reads in another way: a fence between.
@@ -288,17 +291,25 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
             T.cuda.cta_sync()
             if c.wgmma:
                 multiply_together()
-                copy_tile()
-                T.ptx["wgmma.wait_group.sync.aligned"](1)
+                if not last:
+                    copy_tile()
+                T.ptx["wgmma.wait_group.sync.aligned"](0 if last else 1)
             else:
                 copy_tile()
                 multiply_alone()
             stage_out = T.if_then_else(
                 stage_out == (STAGES - 1) * (STAGE // CHUNK), 0, stage_out + STAGE // CHUNK)
+
         if c.wgmma:
-            T.ptx["wgmma.wait_group.sync.aligned"](0)
-            for i in T.unroll(MP * MM * 4):
-                T.ptx["mov.f32"](acc[i], acc[i])  # keeps reads of the sums behind the wait
+            for _ in T.serial(K_TILES - 1):
+                take_tile(False)
+            # On its own: where the loop alone issued wgmma, ptxas 13.0 moved reads of the sums in
+            # front of a wait behind it.
+            take_tile(True)
+            settle(acc, MP * MM * 4)
+        else:
+            for _ in T.serial(K_TILES):
+                take_tile(False)
 
         # 5. Store, with the epilogue on the way: a lane has eight neighbouring channels of a
         #    pixel, a pair of each of four matrices.

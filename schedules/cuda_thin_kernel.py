@@ -15,7 +15,7 @@ from .cuda_thin_filter import packed_filter
 from .cuda_thin_store import Store, pixel_of_row
 from .cuda_thin_tiles import STEP_WORDS, Config, Geometry, registers, split
 from .cuda_thin_window import Window
-from .hopper import ATOM_ROWS, ROW_BYTES, WARPGROUP, WGMMA_K_BYTES, WGMMA_M, Position
+from .hopper import ATOM_ROWS, ROW_BYTES, WARPGROUP, WGMMA_K_BYTES, WGMMA_M, Position, settle
 from .hopper import Ring as CopyRing
 
 # wgmma's name of the operands, and what follows its scales: B is not transposed.
@@ -198,8 +198,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
                         # The group before is over: its operands may be loaded over.
                         T.ptx.wgmma.wait_group.sync.aligned(1)
                 T.ptx.wgmma.wait_group.sync.aligned(0)
-                for i in T.unroll(c.sums):
-                    T.ptx["mov.f32"](sums[i], sums[i])  # keeps reads of the sums behind the wait
+                settle(sums, c.sums)
                 # 6. Rows that the next tile does not need are given back.
                 done: T.let = tile
                 tile = tile + CONSUMERS

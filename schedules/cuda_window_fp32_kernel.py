@@ -27,6 +27,7 @@ from .hopper import (
     Turns,
     meet_cluster,
     rows,
+    settle,
     wgmma,
 )
 
@@ -281,9 +282,7 @@ def convolve(
                                 multiply(tap_rows, STEPS)
                             weigh()
                             T.ptx.wgmma.wait_group.sync.aligned(0)
-                            for i in T.unroll(c.sums):
-                                # Keeps reads of the parts behind the wait.
-                                T.ptx["mov.f32"](parts[i], parts[i])
+                            settle(parts, c.sums)
                             promote(tap_rows)
                             if RESIDENT:
                                 filters_at.advance()

@@ -29,6 +29,7 @@ from .hopper import (
     meet_cluster,
     registers,
     rows,
+    settle,
     wgmma,
 )
 
@@ -233,8 +234,7 @@ def convolve(
                 if c.turns:
                     turns.give(1 - consumer, lane)
                 T.ptx.wgmma.wait_group.sync.aligned(0)
-                for i in T.unroll(c.sums):
-                    T.ptx["mov.f32"](sums[i], sums[i])  # keeps reads of the sums behind the wait
+                settle(sums, c.sums)
                 if not RESIDENT:
                     filters.release(filters_read, lane)
                 pixels.release(pixels_read, lane)

@@ -57,6 +57,13 @@ _WGMMA = {
     "float32": ("k8.f32.tf32.tf32", ()),
 }
 
+# Empty, but it counts as writing the sum and memory, and compilers keep such statements in order.
+_SETTLE = """
+__forceinline__ __device__ void im2win_settle(float* sum) {
+  asm volatile("" : "+f"(*sum) : : "memory");
+}
+"""
+
 _TENSOR_COPY = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
 _BULK_COPY = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 
@@ -90,6 +97,16 @@ class Position:
         if self.stage >= self.stages:
             self.stage = self.stage - self.stages
             self.turn = self.turn ^ 1
+
+
+@T.inline
+def settle(sums, count):
+    """After a wait for wgmma: nothing that reads its sums comes before the wait.
+
+    The wait names no registers, so to a compiler sums look ready where wgmma is issued.
+    """
+    for i in T.unroll(count):
+        T.cuda.func_call("im2win_settle", T.address_of(sums[i]), source_code=_SETTLE)
 
 
 @T.meta_class

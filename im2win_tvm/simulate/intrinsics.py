@@ -123,6 +123,15 @@ def _(program, node):
     return code
 
 
+@intrinsic("tirx.cuda.func_call")
+def _(program, node):
+    name = str(node.args[0].value)
+    if name != "im2win_settle":
+        raise SimulationError(f"{name}: functions written in CUDA are not simulated")
+    # A barrier to compilers only.
+    return nothing(program, node)
+
+
 @intrinsic("tirx.cuda.cta_sync")
 def _(program, node):
     machine, site = program.machine, program.site
