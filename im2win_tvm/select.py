@@ -97,7 +97,8 @@ def select(
         return Choice(supported[first], config, offer.rejected(first))
     found = _found(problem, target, supported)
     if found.best is None:
-        name, config, slower = _predicted(problem, target, supported)
+        known = _with_heuristic(problem, target, supported)
+        name, config, slower = _predicted(problem, target, known)
         rejected = offer.rejected(name) | slower
         return Choice(supported[name], config, rejected, HEURISTIC, found.missed)
     name = found.best.record.schedule
@@ -124,9 +125,24 @@ def supporting(
 ) -> dict[str, Schedule]:
     """The schedules that `select` chooses among, in the order of its preference; at least one.
 
-    Raises as `select` does.
+    Those that only tuning records can configure are left out unless one is named. Raises as
+    `select` does.
     """
-    return _offer(problem, target, schedule, accuracy).supported
+    supported = _offer(problem, target, schedule, accuracy).supported
+    return supported if schedule is not None else _with_heuristic(problem, target, supported)
+
+
+def _with_heuristic(
+    problem: ConvProblem, target: Target, supported: dict[str, Schedule]
+) -> dict[str, Schedule]:
+    """Those that have a configuration without a tuning record. Raises ScheduleError if none has."""
+    known = {name: entry for name, entry in supported.items() if not entry.searched}
+    if not known:
+        raise ScheduleError(
+            f"{problem}: {', '.join(supported)}: no tuning record for {target}, and no heuristic; "
+            "scripts/tune_metaschedule.py makes records"
+        )
+    return known
 
 
 class _Offer(NamedTuple):
@@ -269,7 +285,7 @@ def _slower(found: Found, supported: dict[str, Schedule]) -> dict[str, str]:
         if name in found.matches:
             record = found.matches[name].record
             rejected[name] = f"{record.time_us:.2f} us by its own record ({record.protocol})"
-        else:
+        elif not supported[name].searched:
             rejected[name] = f"no tuning record; {best} has one"
     del rejected[best]
     return rejected

@@ -1,4 +1,4 @@
-"""The hand-written schedules, one a file, in the order in which `select` asks them."""
+"""The schedules, hand-written and searched, one a file, in the order that `select` asks them in."""
 
 from .base import Schedule, ScheduleError
 from .cpu_blocked import SCHEDULE as CPU_BLOCKED
@@ -14,6 +14,8 @@ from .cuda_thin import TF32 as CUDA_THIN_TF32
 from .cuda_window import SCHEDULE as CUDA_WINDOW
 from .cuda_window import TF32 as CUDA_WINDOW_TF32
 from .cuda_window_fp32 import SCHEDULE as CUDA_WINDOW_FP32
+from .metaschedule import CPU as CPU_METASCHEDULE
+from .metaschedule import CUDA as CUDA_METASCHEDULE
 
 SCHEDULES: dict[str, Schedule] = {
     schedule.name: schedule
@@ -31,6 +33,8 @@ SCHEDULES: dict[str, Schedule] = {
         CUDA_SIMT,
         CUDA_SIMT_EXPLICIT,
         CUDA_MMA,
+        CPU_METASCHEDULE,
+        CUDA_METASCHEDULE,
     )
 }
 

@@ -32,6 +32,8 @@ class Schedule(ABC):
     kind: str  # of the target: "llvm" or "cuda"
     # GHz at which `estimate` counts cycles of a whole call; None: it only ranks.
     clock: float | None = None
+    # Configurations come from a search alone: without a tuning record it takes no part.
+    searched: bool = False
 
     @abstractmethod
     def check(self, config: Any, problem: ConvProblem, target: Target) -> str | None:

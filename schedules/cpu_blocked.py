@@ -195,6 +195,18 @@ def prepare(problem: ConvProblem, config: Config):
 def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
     """x, packed filter (and bias, residual) -> y."""
     c = config
+    sch = s_tir.Schedule(expression(problem, c, epilogue))
+    _, _, b, m, q, _ = (int(sch.get(loop).extent) for loop in sch.get_loops(sch.get_sblock("y")))
+    parts = [c.splits, b // c.splits]
+    rows = [m // c.block_rows, c.block_rows // c.tile_rows, c.tile_rows]
+    columns = [q // c.tile_columns, c.tile_columns]
+    lay_out(sch, problem, c, parts, rows, columns)
+    return sch.mod["main"]
+
+
+def expression(problem: ConvProblem, config: Config, epilogue: Epilogue):
+    """The function that is scheduled: its output is rounded up to whole tiles of `config`."""
+    c = config
     height, width = problem.output_size
     per_group = problem.out_channels // problem.groups
     # Rows and columns are rounded up to whole tiles, so that no tile needs a bounds check; I' is
@@ -221,16 +233,24 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
             inside.append(q < width)
         return Place(n, g * per_group + b * c.block + i, m, q, inside)
 
-    function = tiled_function([args.x, packed], acc, place, problem, args, epilogue)
-    sch = s_tir.Schedule(function)
+    return tiled_function([args.x, packed], acc, place, problem, args, epilogue)
+
+
+def lay_out(sch: s_tir.Schedule, problem: ConvProblem, config: Config, parts, rows, columns):
+    """Schedule an `expression`; the tiles may be numbers, or what a search samples.
+
+    parts: of the blocks of channels, and blocks in each. rows: blocks of rows, tiles in each, rows
+    of a tile. columns: tiles, and columns of one. Of `config` count `vectors`, `lanes`, `unroll`.
+    """
+    c = config
     y, conv, im2win = (sch.get_sblock(name) for name in ("y", "conv", "im2win"))
 
     # 1. Cut the output into tasks (image, group, rows, part of the channels), and each task into
     #    register blocks. Rows inside channels: F' of a block is reused while it is in L2.
     n, g, b, m, q, i = sch.get_loops(y)
-    part, b = sch.split(b, [c.splits, blocks // c.splits])
-    m, mt, mi = sch.split(m, [rows // c.block_rows, c.block_rows // c.tile_rows, c.tile_rows])
-    qt, qi = sch.split(q, [columns // c.tile_columns, c.tile_columns])
+    part, b = sch.split(b, parts)
+    m, mt, mi = sch.split(m, rows)
+    qt, qi = sch.split(q, columns)
     sch.reorder(n, g, m, part, b, mt, qt, *((mi, qi, i) if problem.channels_last else (i, mi, qi)))
     if not problem.channels_last:
         # The block is stored column by column. Rolled, LLVM makes vector scatters of the loop,
@@ -268,8 +288,6 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
         *_, k = sch.get_loops(im2win)
         col, u = sch.split(k, [None, problem.kernel_size[0]])
         sch.reorder(u, col)
-
-    return sch.mod["main"]
 
 
 SCHEDULE = CpuBlocked()

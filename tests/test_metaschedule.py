@@ -3,14 +3,13 @@
 import importlib.util
 import inspect
 import json
-import logging
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from metaschedule_machinery import machinery, named_handlers  # noqa: F401
 from tvm import relax, s_tir
 from tvm.s_tir import meta_schedule as ms
 
@@ -40,15 +39,6 @@ def logs(tmp_path, monkeypatch):
     root = tmp_path / "tuning_logs"
     monkeypatch.setattr(metaschedule, "TUNING_LOGS", root)
     return root
-
-
-@pytest.fixture(autouse=True)
-def named_handlers():
-    """MetaSchedule wants names of its logger's handlers. Those that pytest adds to a logger that
-    does not propagate, as MetaSchedule leaves its own, have none."""
-    logger = logging.getLogger("tvm.s_tir.meta_schedule")
-    logger.handlers.clear()
-    logger.propagate = True
 
 
 def _function(problem):
@@ -97,6 +87,18 @@ def test_the_best_record_is_built_and_computes_the_convolution(problem, logs):
     outcome = operands.check(prepared.view(prepared.call()))
     assert outcome.relative_error < (1e-6 if problem.dtype == "float32" else 1e-2)
     assert ("accumulates" in prepared.detail) == (problem.dtype == "float16")
+
+
+def test_records_of_the_users_own_come_first(logs, tmp_path, monkeypatch):
+    own = tmp_path / "own"
+    metaschedule_tuning.keep(_record(PROBLEM, 1e-3, "ships"), metaschedule.folder(PROBLEM, LLVM))
+    metaschedule_tuning.keep(_record(PROBLEM, 2e-3, "own"), metaschedule.folder(PROBLEM, LLVM, own))
+    monkeypatch.setenv("IM2WIN_TUNING_LOGS", str(own))
+    module, _ = TvmTuned().module(PROBLEM, LLVM, LLVM.tvm())
+    assert '"own"' in str(metaschedule.prim_func(module))
+    monkeypatch.setenv("IM2WIN_TUNING_LOGS", str(tmp_path / "none"))
+    module, _ = TvmTuned().module(PROBLEM, LLVM, LLVM.tvm())
+    assert '"ships"' in str(metaschedule.prim_func(module))
 
 
 def test_default_passes_keep_the_schedule(logs):
@@ -183,30 +185,8 @@ def test_missing_packages_are_named(monkeypatch):
     assert metaschedule_tuning.missing_packages() is None
 
 
-def _machinery(error=None):
-    """Builds nothing and makes up times: only the search itself takes place."""
-    from tvm.ir.utils import derived_object
-    from tvm.s_tir.meta_schedule.testing.dummy_object import DummyRunner
-
-    @derived_object
-    class Builder(ms.builder.PyBuilder):
-        def build(self, inputs):
-            # MetaSchedule removes the folder of each file afterwards.
-            folders = [None if error else tempfile.mkdtemp() for _ in inputs]
-            paths = [folder and str(Path(folder) / "built") for folder in folders]
-            return [ms.builder.BuilderResult(path, error) for path in paths]
-
-    return {
-        "builder": Builder(),
-        "runner": DummyRunner(),
-        "cost_model": "random",
-        "strategy": "replay-trace",
-        "num_tuning_cores": 1,
-    }
-
-
 def test_a_search_fills_the_folder_that_bench_reads(logs):
-    line = metaschedule_tuning.tune(PROBLEM, LLVM, trials=4, per_round=2, **_machinery())
+    line = metaschedule_tuning.tune(PROBLEM, LLVM, trials=4, per_round=2, **machinery())
     path = metaschedule.folder(PROBLEM, LLVM)
     assert json.loads((path / metaschedule.PROVENANCE).read_text()) == line
     assert (line["trials"], line["ran"], line["problem"]) == (4, 4, str(PROBLEM))
@@ -214,7 +194,7 @@ def test_a_search_fills_the_folder_that_bench_reads(logs):
     best = metaschedule.best_record(path, _function(PROBLEM))
     assert metaschedule.run_us(best) == pytest.approx(line["best_us"])
     # One record a session is kept, and the best of all sessions is taken.
-    again = metaschedule_tuning.tune(PROBLEM, LLVM, trials=2, per_round=2, **_machinery())
+    again = metaschedule_tuning.tune(PROBLEM, LLVM, trials=2, per_round=2, **machinery())
     assert len((path / "database_tuning_record.json").read_text().splitlines()) == 2
     assert len((path / metaschedule.PROVENANCE).read_text().splitlines()) == 2
     best = metaschedule.best_record(path, _function(PROBLEM))
@@ -227,7 +207,7 @@ def test_a_search_fills_the_folder_that_bench_reads(logs):
 
 def test_a_search_ends_with_its_time_and_keeps_what_it_has(tmp_path):
     line = metaschedule_tuning.tune(
-        PROBLEM, LLVM, 64, 2, deadline=time.monotonic(), root=tmp_path, **_machinery()
+        PROBLEM, LLVM, 64, 2, deadline=time.monotonic(), root=tmp_path, **machinery()
     )
     assert (line["trials"], line["ran"]) == (2, 2)
     assert metaschedule.has_records(metaschedule.folder(PROBLEM, LLVM, tmp_path))
@@ -235,7 +215,7 @@ def test_a_search_ends_with_its_time_and_keeps_what_it_has(tmp_path):
 
 def test_a_search_in_which_nothing_ran_keeps_nothing(tmp_path):
     with pytest.raises(metaschedule_tuning.TuningError, match="none of 2 candidates ran"):
-        metaschedule_tuning.tune(PROBLEM, LLVM, 2, 2, root=tmp_path, **_machinery("no compiler"))
+        metaschedule_tuning.tune(PROBLEM, LLVM, 2, 2, root=tmp_path, **machinery("no compiler"))
     assert list(tmp_path.iterdir()) == []
 
 

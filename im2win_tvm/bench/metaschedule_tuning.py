@@ -17,7 +17,7 @@ from ..target import CpuTarget, Target
 from .baselines import metaschedule
 from .baselines.tvm_default import choose_cuda_compiler, tvm_target_here
 
-__all__ = ["DRY_RUN_ARCH", "TuningError", "dry_run", "keep", "missing_packages", "tune"]
+__all__ = ["DRY_RUN_ARCH", "TuningError", "dry_run", "keep", "missing_packages", "search", "tune"]
 
 # A process that builds imports TVM and its intrinsics first; the default of 30 s is too little.
 _BUILD_TIMEOUT = 120
@@ -64,10 +64,10 @@ def tune(
     path = metaschedule.folder(problem, target, root)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="metaschedule-") as work:
-        measured, ran = _search(
-            problem, tvm_target, Path(work), trials, per_round, deadline, seed, machinery
-        )
         function = metaschedule.prim_func(metaschedule.legalized(problem, tvm_target))
+        measured, ran = search(
+            function, tvm_target, Path(work), trials, per_round, deadline, seed, machinery
+        )
         if not ran:
             raise TuningError(f"{problem}: none of {measured} candidates ran")
         best = metaschedule.best_record(Path(work), function)
@@ -129,11 +129,12 @@ def dry_run(problem: ConvProblem, trials: int = 4, **machinery: Any) -> tuple[in
     )
     given = {"runner": DummyRunner(), "cost_model": "random"} | machinery
     with tempfile.TemporaryDirectory(prefix="metaschedule-") as work:
-        return _search(problem, tvm_target, Path(work), trials, trials, None, 0, given)
+        function = metaschedule.prim_func(metaschedule.legalized(problem, tvm_target))
+        return search(function, tvm_target, Path(work), trials, trials, None, 0, given)
 
 
-def _search(
-    problem: ConvProblem,
+def search(
+    function: Any,
     tvm_target: Any,
     work: Path,
     trials: int,
@@ -142,11 +143,13 @@ def _search(
     seed: int,
     machinery: dict[str, Any],
 ) -> tuple[int, int]:
-    """Search into a database in `work`; candidates tried, and those that were built and ran."""
+    """Search schedules of a PrimFunc into a database in `work`.
+
+    Returns how many candidates were tried, and how many of them were built and ran.
+    """
     from tvm.s_tir import meta_schedule as ms
 
     metaschedule.bare_stack()
-    function = metaschedule.prim_func(metaschedule.legalized(problem, tvm_target))
     given = dict(machinery)
     if "builder" not in given:
         given["builder"] = ms.builder.LocalBuilder(

@@ -58,7 +58,8 @@ def bench(
         typer.Option(
             "--against",
             help="Comma-separated: cudnn, cudnn-frontend, cublas, direct (cuda only), tvm, "
-            "tvm-tuned, torch, or none. Default: tvm,torch.",
+            "tvm-tuned, metaschedule (the im2win expressions, searched), torch, or none. "
+            "Default: tvm,torch.",
         ),
     ] = None,
     time_limit: Annotated[

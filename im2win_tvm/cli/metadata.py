@@ -9,6 +9,9 @@ import numpy as np
 
 from ..bench import units
 
+# Characters of a value that a line shows.
+_LONGEST = 80
+
 
 def shown_accuracy(shown: dict[str, Any]) -> str:
     """The accuracy class, and the rule where it does not hold for every input."""
@@ -42,8 +45,12 @@ def summary(metadata: dict[str, Any]) -> list[str]:
 
 
 def fields(values: dict[str, Any]) -> str:
-    """``name=value`` pairs on one line."""
-    return " ".join(f"{name}={value}" for name, value in values.items())
+    """``name=value`` pairs on one line; of a long text, such as a trace, the beginning."""
+    shown = {name: str(value) for name, value in values.items()}
+    return " ".join(
+        f"{name}={text if len(text) <= _LONGEST else text[:_LONGEST] + '...'}"
+        for name, text in shown.items()
+    )
 
 
 def _origin(origin: dict[str, Any] | None) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .fleet import DeviceKeyOption, LocalGpusOption, TrackerOption, fleet
 from .metadata import fields
 from .options import (
     PROBLEM_HELP,
@@ -37,6 +38,7 @@ _INTERRUPTED = 130
 
 
 def tune(
+    context: typer.Context,
     problems: Annotated[
         list[str] | None, typer.Argument(metavar="[PROBLEM]...", help=PROBLEM_HELP)
     ] = None,
@@ -87,6 +89,9 @@ def tune(
             help="Processes that compile. Default: one a processor on cuda, else 1.",
         ),
     ] = None,
+    tracker: TrackerOption = None,
+    device_key: DeviceKeyOption = None,
+    local_gpus: LocalGpusOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -114,6 +119,8 @@ def tune(
     if seconds is not None and not seconds > 0:
         raise typer.BadParameter(f"seconds={seconds}: allowed: more than 0")
     resolved = resolve(target, arch=arch)
+    measurer = fleet(context, resolved, tracker, device_key, local_gpus)
+    resolved = resolved if measurer is None else measurer.target
     schedule = known_schedule(schedule, resolved.kind)
     place = out or next(iter(lookup.named_places()), Path("tuning_logs"))
     trials = trials or (5 if again else 64)
@@ -135,7 +142,9 @@ def tune(
     with (
         progress(steps) as step,
         _interrupts() as asked,
-        Session(resolved, place, jobs, progress=step, interrupted=asked) as session,
+        Session(
+            resolved, place, jobs, progress=step, interrupted=asked, measurer=measurer
+        ) as session,
     ):
         try:
             for problem, names in plans.items():

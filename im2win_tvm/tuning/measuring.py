@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from .. import environment
 from ..bench import timing
 from ..bench.operands import Operands, operands_for
 from ..kernel import Kernel, load
@@ -54,8 +55,11 @@ class Measurement:
 class Measurer:
     """Runs kernels in a child process; a context manager.
 
-    kind: of the target, "llvm" or "cuda". patience: seconds, see PATIENCE.
+    kind: of the target, "llvm" or "cuda". patience: seconds, see PATIENCE. width: kernels that are
+    worth having ready at once.
     """
+
+    width = 1
 
     def __init__(self, kind: str, patience: float = PATIENCE) -> None:
         self._kind, self._patience = kind, patience
@@ -71,6 +75,11 @@ class Measurer:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    @property
+    def driver(self) -> str | None:
+        """The version of the driver that kernels run on; None on a CPU."""
+        return environment.driver_version() if self._kind == "cuda" else None
 
     def close(self) -> None:
         """End the process."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__, environment, toolchain
 from ..bench import timing
@@ -33,6 +33,9 @@ from .lookup import arch_of
 from .measuring import Measurement, Measurer, TuningError, first_line
 from .records import Record, append
 from .search import Proposer, Trial, search
+
+if TYPE_CHECKING:
+    from .fleet import Fleet
 
 __all__ = ["FINALISTS", "SEARCH", "Result", "Session"]
 
@@ -86,8 +89,9 @@ class Session:
     """Measures configurations and records them; a context manager.
 
     place: the folder of the logs, `<place>/<device>/<schedule>.jsonl`. jobs: processes that build;
-    None is what pays. interrupted: whether Ctrl-C was pressed; asked between trials, because TVM
-    turns a KeyboardInterrupt that meets it in a callback into an error like any other. Raises
+    None is what pays. measurer: None is this machine's own device; a Fleet measures on others, and
+    ends with the session. interrupted: whether Ctrl-C was pressed; asked between trials, because
+    TVM turns a KeyboardInterrupt that meets it in a callback into an error like any other. Raises
     TuningError where the target's kernels cannot be measured here.
     """
 
@@ -99,17 +103,20 @@ class Session:
         limits: timing.Limits | None = None,
         progress: Progress = lambda what: None,
         interrupted: Callable[[], bool] = lambda: False,
+        measurer: Measurer | Fleet | None = None,
     ) -> None:
-        _require(target)
+        if measurer is None:
+            _require(target)
+            measurer = Measurer(target.kind)
         self._target = target
         self._device = environment.device_name(target)
         self._folder = Path(place) / environment.slug(self._device)
         self._builder = Builder(jobs or default_jobs(target))
-        self._measurer = Measurer(target.kind)
+        self._measurer = measurer
         self._limits = limits or limits_for(target)
         self._progress = progress
         self._interrupted = interrupted
-        self._driver = environment.driver_version() if target.kind == "cuda" else None
+        self._driver = measurer.driver
         self._commit = environment.git_commit()
         self.results: list[Result] = []
 
@@ -163,17 +170,16 @@ class Session:
             return seconds is not None and time.monotonic() - begun >= seconds
 
         def measure(configs: list[Any]) -> Iterator[Trial]:
-            # Nothing is built while something is measured: builds take every processor.
-            for candidate in self._build(result, configs):
+            for candidate, measurement in self._measured(result, configs):
                 self._progress(f"{result.problem} {result.schedule}")
                 result.tried += 1
-                measurement = self._measure(result.problem, [candidate], SEARCH)[0]
                 time_us = self._note(candidate, measurement, "search")
                 if math.isfinite(time_us):
                     right.append((time_us, candidate))
                 yield Trial(candidate.config, time_us)
 
-        search(proposer, measure, trials, self._builder.jobs, enough)
+        batch = max(self._builder.jobs, self._measurer.width)
+        search(proposer, measure, trials, batch, enough)
         ranked = [candidate for _, candidate in sorted(right, key=lambda pair: pair[0])]
         return ranked[:FINALISTS] + [
             candidate
@@ -181,7 +187,23 @@ class Session:
             if asdict(candidate.config) == result.heuristic
         ]
 
-    def _build(self, result: Result, configs: list[Any]) -> list[_Candidate]:
+    def _measured(
+        self, result: Result, configs: list[Any]
+    ) -> Iterator[tuple[_Candidate, Measurement]]:
+        """Candidates of these configurations, each measured alone, in order."""
+        built = self._build(result, configs)
+        if isinstance(self._measurer, Measurer):
+            # Nothing is built while something is measured: builds take every processor.
+            for candidate in list(built):
+                yield candidate, self._measure(result.problem, [candidate], SEARCH)[0]
+            return
+        from .streaming import stream
+
+        yield from stream(
+            self._measurer, result.problem, built, SEARCH, lambda e: Measurement(first_line(e))
+        )
+
+    def _build(self, result: Result, configs: list[Any]) -> Iterator[_Candidate]:
         problem = result.problem
         accuracy = SCHEDULES[result.schedule].accuracy(problem)  # what was asked for is its name
         requests = [
@@ -189,7 +211,7 @@ class Session:
             for config in configs
         ]
         built = self._builder.build(requests)
-        return [_Candidate(result, *pair) for pair in zip(configs, built, strict=True)]
+        return (_Candidate(result, *pair) for pair in zip(configs, built, strict=True))
 
     def _measure(
         self, problem: ConvProblem, candidates: list[_Candidate], limits: timing.Limits

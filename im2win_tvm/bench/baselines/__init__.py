@@ -10,6 +10,7 @@ from .cudnn import CUDNN
 from .cudnn_frontend import CUDNN_FRONTEND
 from .direct import Direct
 from .im2win import Im2win
+from .searched import Searched
 from .torch_conv import Torch
 from .tvm_default import TvmDefault
 from .tvm_tuned import TvmTuned
@@ -24,6 +25,7 @@ COMPETITORS: dict[str, tuple[Implementation, ...]] = {
     "direct": (Direct(),),
     "tvm": (TvmDefault(),),
     "tvm-tuned": (TvmTuned(),),
+    "metaschedule": tuple(Searched(name) for name, s in SCHEDULES.items() if s.searched),
     "torch": tuple(Torch(last, tf32) for tf32 in (False, True) for last in (False, True)),
 }
 #: What is measured unless something else is asked for: they exist for every target.
@@ -45,9 +47,21 @@ def implementations(
     ours = [
         Im2win(name, config)
         for name, candidate in SCHEDULES.items()
-        if (candidate.kind == target.kind if schedules is None else name in schedules)
+        if (
+            candidate.kind == target.kind and not candidate.searched
+            if schedules is None
+            else name in schedules
+        )
     ]
     families = DEFAULT if against is None else against
     theirs = [entry for family in families for entry in COMPETITORS[family]]
-    # Where there is no TF32 at all, its absence is no gap.
-    return [*ours, *(e for e in theirs if target.kind == "cuda" or not getattr(e, "tf32", False))]
+    # Where there is no TF32 at all, its absence is no gap; nor is that of another kind of target.
+    return [
+        *ours,
+        *(
+            entry
+            for entry in theirs
+            if (target.kind == "cuda" or not getattr(entry, "tf32", False))
+            and getattr(entry, "kind", target.kind) == target.kind
+        ),
+    ]

@@ -29,6 +29,7 @@ __all__ = [
     "best_record",
     "fill_command",
     "folder",
+    "found_folder",
     "has_records",
     "legalized",
     "prim_func",
@@ -53,6 +54,15 @@ def folder(problem: ConvProblem, target: Target, root: Path | None = None) -> Pa
     """Where the records of a problem on the device that `target` means lie, or would lie."""
     name = f"{problem}-{problem.dtype}-{problem.layout.lower()}"
     return (root or TUNING_LOGS) / environment.device_slug(target) / "metaschedule" / name
+
+
+def found_folder(problem: ConvProblem, target: Target) -> Path:
+    """The first folder of a problem with records: of $IM2WIN_TUNING_LOGS, then of what ships.
+
+    Where there is none, the one that would ship.
+    """
+    folders = [folder(problem, target, root) for root in lookup.named_places()]
+    return next(filter(has_records, folders), folder(problem, target))
 
 
 def has_records(path: Path) -> bool:

@@ -18,7 +18,9 @@ class TvmTuned(TvmDefault):
 
     def available(self, problem: ConvProblem, target: Target) -> str | None:
         reason = super().available(problem, target)
-        if reason is None and not metaschedule.has_records(metaschedule.folder(problem, target)):
+        if reason is None and not metaschedule.has_records(
+            metaschedule.found_folder(problem, target)
+        ):
             reason = (
                 f"no MetaSchedule records of it in tuning_logs for this device: "
                 f"{metaschedule.fill_command(problem, target)}"
@@ -26,7 +28,7 @@ class TvmTuned(TvmDefault):
         return reason
 
     def module(self, problem: ConvProblem, target: Target, tvm_target: Any) -> tuple[Any, dict]:
-        path = metaschedule.folder(problem, target)
+        path = metaschedule.found_folder(problem, target)
         module = metaschedule.legalized(problem, tvm_target)
         record = metaschedule.best_record(path, metaschedule.prim_func(module))
         detail = {

@@ -1,0 +1,132 @@
+"""What MetaSchedule finds for the plain im2win expressions, with no schedule of ours.
+
+A configuration is a trace: the scheduling steps that TVM's search took, and its decisions in them.
+There is no heuristic, so these schedules take part where a tuning record holds a trace and nowhere
+else. I' stays where the search puts it: TVM's rules inline the transform into what reads it.
+
+A trace may come from a stranger. It is data: its steps are TVM's scheduling primitives, each of
+which TVM checks. What goes beyond them is refused by `check`: pragmas can bring foreign code into a
+kernel, and tensor intrinsics are looked up by name.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+
+from tvm import s_tir, te
+from tvm.ir import IRModule
+
+from ..epilogue import NONE, Epilogue
+from ..expr import arguments, convolution, filter_window, output, transform
+from ..problem import ConvProblem
+from ..target import CudaTarget, Target
+from .base import ALIGNMENT, CONV, PREPARE, Schedule
+from .cuda_elementwise import THREADS
+
+# The steps of TVM's rules for "llvm" and "cuda", and of their postprocessing.
+STEPS = frozenset(
+    """AddUnitLoop Annotate Bind CacheRead CacheWrite ComputeAt ComputeInline DecomposeReduction
+    EnterPostproc Fuse GetChildBlocks GetConsumers GetLoops GetOutputBlocks GetProducers GetSBlock
+    Parallel RFactor Reorder ReverseComputeAt ReverseComputeInline SampleCategorical
+    SampleComputeLocation SamplePartitionedTile SamplePerfectTile Split StorageAlign Unannotate
+    Unroll Vectorize""".split()
+)
+# Their annotations. Others that begin with "pragma_" can bring C or LLVM code into a kernel.
+NOTES = ("meta_schedule.", "software_pipeline_", "pragma_auto_unroll_max_step", "pragma_unroll_")
+# Bytes that vectors of the search's loads and stores may take: pointers are multiples of that.
+VECTOR_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Config:
+    """trace: TVM's JSON of a trace, as text; empty where nothing is known."""
+
+    trace: str
+
+
+class MetaSchedule(Schedule):
+    searched = True
+
+    def __init__(self, name: str, kind: str) -> None:
+        self.name, self.kind = name, kind
+
+    def supports(self, problem: ConvProblem, target: Target) -> str | None:
+        reason = super().supports(problem, target)
+        if reason is None and problem.dtype == "bfloat16":
+            reason = f"dtype=bfloat16: {self.name} takes float32 and float16"
+        return reason
+
+    def check(self, config: Config, problem: ConvProblem, target: Target) -> str | None:
+        if not isinstance(config.trace, str):
+            return f"trace={config.trace!r}: allowed: the text of a trace"
+        if not config.trace:
+            return f"trace='': {self.name} has no heuristic: a tuning record has to name one"
+        return _refusal(config.trace, problem)
+
+    def configs(self, problem: ConvProblem, target: Target):
+        return ()  # for MetaSchedule to find
+
+    def default(self, problem: ConvProblem, target: Target) -> Config:
+        return Config("")
+
+    def schedule(self, problem, config, target, epilogue):
+        convolve = _replayed(config.trace, problem, epilogue)
+        if isinstance(target, CudaTarget):
+            names = ("x", "y", "bias", "residual")
+            convolve = convolve.with_attr(ALIGNMENT, dict.fromkeys(names, VECTOR_BYTES))
+        return IRModule({PREPARE: prepare(problem, target), CONV: convolve})
+
+
+def function(problem: ConvProblem, epilogue: Epilogue = NONE):
+    """x, filter in window order ``[Co, K]`` (and bias, residual) -> y: what is searched."""
+    args = arguments(problem, epilogue)
+    packed = te.placeholder((problem.out_channels, problem.k), problem.dtype, name="packed")
+    conv = convolution(transform(args.x, problem), packed, problem)
+    y = output(conv, problem, epilogue, args.bias, args.residual)
+    return te.create_prim_func([args.x, packed, *args.extras(), y])
+
+
+def prepare(problem: ConvProblem, target: Target):
+    """The filter in window order. Runs once."""
+    w = te.placeholder(problem.weight_shape, problem.dtype, name="w")
+    ordered = filter_window(w, problem)
+    packed = te.compute(ordered.shape, lambda o, k: ordered[o, k], name="packed")
+    sch = s_tir.Schedule(te.create_prim_func([w, packed]))
+    sch.compute_inline(sch.get_sblock("filter"))
+    loop = sch.fuse(*sch.get_loops(sch.get_sblock("packed")))
+    if isinstance(target, CudaTarget):
+        blocks, threads = sch.split(loop, [None, THREADS])
+        sch.bind(blocks, "blockIdx.x")
+        sch.bind(threads, "threadIdx.x")
+    else:
+        sch.parallel(loop)
+    return sch.mod["main"]
+
+
+def _replayed(trace: str, problem: ConvProblem, epilogue: Epilogue):
+    """The function after the steps of a trace."""
+    sch = s_tir.Schedule(IRModule({"main": function(problem, epilogue)}))
+    s_tir.schedule.Trace.apply_json_to_schedule(json.loads(trace), sch)
+    return sch.mod["main"]
+
+
+@functools.lru_cache(maxsize=256)
+def _refusal(trace: str, problem: ConvProblem) -> str | None:
+    """What is wrong with a trace for this problem; None if it can be replayed."""
+    try:
+        steps, _ = json.loads(trace)
+        for kind, _, attributes, _ in steps:
+            if kind not in STEPS:
+                return f"trace: step {kind!r}: allowed: {', '.join(sorted(STEPS))}"
+            # TVM's JSON has strings of the step's own inputs in quotes.
+            name = str(attributes[0]).strip('"') if kind == "Annotate" else NOTES[0]
+            if not name.startswith(NOTES):
+                return f"trace: annotation {name!r}: allowed: those that begin with {NOTES}"
+        _replayed(trace, problem, NONE)
+    except Exception as error:  # whatever TVM raises: no trace of this function
+        return f"trace: {type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+    return None
+
+
+CPU = MetaSchedule("cpu_metaschedule", "llvm")
+CUDA = MetaSchedule("cuda_metaschedule", "cuda")

@@ -1,0 +1,171 @@
+#!/usr/bin/env python3
+"""Tune by MetaSchedule: the im2win expressions, and TVM's own conv2d beside them.
+
+    python scripts/tune_metaschedule.py --layers conv9,conv12 --trials 32 --seconds 60
+    python scripts/tune_metaschedule.py mb1ic16ih16oc32kh3 --target llvm --expressions im2win
+
+For each layer in turn: a search over the im2win expressions, whose fastest are checked and measured
+like any configuration and recorded in tuning_logs/<device>/<cpu or cuda>_metaschedule.jsonl, where
+`im2win_tvm.compile` finds them; then one over conv2d, for the competitor `tvm-tuned`. Everything is
+written as it is found. Side by side with the hand-written schedules afterwards:
+
+    im2win bench --suite paper --mb 128 --against metaschedule,tvm-tuned
+
+Needs `pip install 'im2win_tvm[tune]'`, and for --target cuda a GPU and nvcc or cuda-bindings. Exits
+with 1 if a search found nothing that runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+# MetaSchedule's processes start afresh, and import this package too.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])
+
+from im2win_tvm import suites  # noqa: E402
+from im2win_tvm.bench import metaschedule_tuning  # noqa: E402
+from im2win_tvm.bench.run import limits_for  # noqa: E402
+from im2win_tvm.problem import ConvProblem, ProblemError  # noqa: E402
+from im2win_tvm.target import Target, TargetError, resolve  # noqa: E402
+from im2win_tvm.tuning import metaschedule  # noqa: E402
+from im2win_tvm.tuning.session import Session  # noqa: E402
+
+EXPRESSIONS = ("im2win", "conv2d")
+
+
+def chosen(asked: argparse.Namespace, kind: str) -> dict[str, ConvProblem]:
+    """Problems by name: descriptors, or layers of a suite."""
+    if asked.problems:
+        return {
+            text: ConvProblem.parse(text, dtype=asked.dtype, layout=asked.layout)
+            for text in asked.problems
+        }
+    batch = asked.batch or (128 if kind == "cuda" else 1)
+    every = suites.suite(asked.suite, batch, asked.dtype, asked.layout)
+    names = list(every) if asked.layers is None else asked.layers.split(",")
+    for name in names:
+        if name not in every:
+            sys.exit(f"layers={name!r}: allowed: {', '.join(every)}")
+    return {name: every[name] for name in names}
+
+
+def searched(
+    problem: ConvProblem, expression: str, target: Target, session: Session, asked
+) -> float:
+    """Search one expression; the time of the best in microseconds, as its record has it."""
+    machinery = {}
+    if asked.population is not None:
+        from tvm.s_tir import meta_schedule as ms
+
+        machinery["strategy"] = ms.search_strategy.EvolutionarySearch(
+            population_size=asked.population, init_measured_ratio=0.2, genetic_num_iters=3
+        )
+    if expression == "im2win":
+        result = metaschedule.tune(
+            session,
+            problem,
+            target,
+            asked.trials,
+            asked.trials_per_round,
+            asked.seconds,
+            asked.seed,
+            asked.space,
+            **machinery,
+        )
+        best = result.best()
+        if best is None:
+            reasons = [*result.errors, *(message for _, message in result.wrong)]
+            raise metaschedule.TuningError(f"{problem}: nothing right: {'; '.join(reasons)}")
+        return best.time_us
+    line = metaschedule_tuning.tune(
+        problem,
+        target,
+        asked.trials,
+        asked.trials_per_round,
+        None if asked.seconds is None else time.monotonic() + asked.seconds,
+        asked.out,
+        asked.seed,
+        **machinery,
+    )
+    return line["best_us"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("problems", nargs="*", metavar="PROBLEM", help="oneDNN descriptors")
+    parser.add_argument("--suite", default="paper", choices=sorted(suites.SUITES))
+    parser.add_argument("--layers", metavar="NAMES", help="comma-separated; default: the suite's")
+    parser.add_argument("--batch", "--mb", type=int, help="of a suite; default: 128, on llvm 1")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--layout", help="default: NCHW")
+    parser.add_argument("--target", choices=("cuda", "llvm"), help="default: what is here")
+    parser.add_argument(
+        "--expressions", default=",".join(EXPRESSIONS), help="comma-separated; %(default)s"
+    )
+    parser.add_argument(
+        "--space",
+        default="rules",
+        choices=metaschedule.SPACES,
+        help="of im2win: TVM's rules, or the tiles of a hand-written schedule; %(default)s",
+    )
+    parser.add_argument("--trials", type=int, default=64, help="of each search; %(default)s")
+    parser.add_argument("--trials-per-round", type=int, default=16, metavar="N")
+    parser.add_argument(
+        "--seconds", type=float, help="of each search; a round that has begun is finished"
+    )
+    parser.add_argument(
+        "--total-seconds", type=float, help="no further search begins after so long"
+    )
+    parser.add_argument(
+        "--population", type=int, help="of the evolutionary search; default: TVM's, 512"
+    )
+    parser.add_argument(
+        "--time-limit", type=float, help="seconds of each measurement; default: as im2win bench"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "tuning_logs")
+    asked = parser.parse_args()
+    expressions = asked.expressions.split(",")
+    for name in expressions:
+        if name not in EXPRESSIONS:
+            parser.error(f"--expressions: {name!r}: allowed: {', '.join(EXPRESSIONS)}")
+    for field in ("trials", "trials_per_round"):
+        if getattr(asked, field) < 1:
+            parser.error(f"{field}={getattr(asked, field)}: allowed: whole numbers from 1")
+    try:
+        target = resolve(asked.target)
+        problems = chosen(asked, target.kind)
+    except (ProblemError, TargetError) as error:  # each names field, value and what is allowed
+        sys.exit(f"error: {error}")
+    missing = metaschedule_tuning.missing_packages()
+    if missing:
+        sys.exit(f"error: {missing}")
+    begun, failed = time.monotonic(), []
+    limits = limits_for(target, asked.time_limit)
+    with Session(target, asked.out, limits=limits) as session:
+        for name, problem in problems.items():
+            for expression in expressions:
+                label, start = f"{name} {expression}", time.monotonic()
+                if asked.total_seconds is not None and start - begun >= asked.total_seconds:
+                    failed.append(label)
+                    continue
+                try:
+                    best_us = searched(problem, expression, target, session, asked)
+                except Exception as error:  # whatever TVM raises concerns this search alone
+                    print(f"{label}: {type(error).__name__}: {error}", flush=True)
+                    failed.append(label)
+                    continue
+                seconds = time.monotonic() - start
+                print(f"{label}: {best_us:.1f} us; searched for {seconds:.0f} s", flush=True)
+    if failed:
+        sys.exit(f"without a new record: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""MetaSchedule over the im2win expressions: traces as configurations, and templates' tiles."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import tvm
+from emulated import assert_right
+from metaschedule_machinery import machinery, named_handlers  # noqa: F401
+from tuning_records import CPU, PROBLEM, make, write
+from tvm import s_tir
+from tvm.ir import IRModule
+
+import im2win_tvm
+from im2win_tvm import lower, reference, tensors
+from im2win_tvm.bench import baselines, timing
+from im2win_tvm.bench.run import run
+from im2win_tvm.epilogue import Epilogue
+from im2win_tvm.problem import ConvProblem
+from im2win_tvm.schedules import SCHEDULES, ScheduleError
+from im2win_tvm.schedules import metaschedule as schedules
+from im2win_tvm.select import select, supporting
+from im2win_tvm.target import CudaTarget
+from im2win_tvm.tuning import lookup, metaschedule
+from im2win_tvm.tuning.measuring import TuningError
+from im2win_tvm.tuning.session import FINALISTS, Session
+from im2win_tvm.tuning.templates import CpuBlockedTemplate
+
+NAME = "cpu_metaschedule"
+SCHEDULE = SCHEDULES[NAME]
+BRIEF = timing.Limits(warmup=0.001, seconds=0.001, least=3, most=5)
+ODD = ConvProblem(2, 6, (9, 8), 10, 3, stride=2, padding=((0, 1), (2, 1)), groups=2)
+
+
+def _trace(problem, change=lambda sch: None):
+    """A trace that splits the rows of the convolution, and what `change` does to it."""
+    sch = s_tir.Schedule(IRModule({"main": schedules.function(problem)}))
+    loops = sch.get_loops(sch.get_sblock("conv"))
+    sch.parallel(loops[0])
+    sch.split(loops[2], [None, 2])
+    change(sch)
+    return schedules.Config(json.dumps(metaschedule._plain(sch.trace.as_json())))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv(lookup.VARIABLE, str(tmp_path / "logs"))
+    return tmp_path / "logs"
+
+
+def _record(us, problem=PROBLEM):
+    return make(us, problem, schedule=NAME, config=asdict(_trace(problem)))
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [ODD, ODD.replace(layout="NHWC", groups=1), PROBLEM.replace(dtype="float16", dilation=(1, 2))],
+    ids=str,
+)
+def test_a_trace_computes_the_convolution(problem):
+    """Also with an epilogue, which the search did not see."""
+    kernel = im2win_tvm.compile(
+        problem, CPU, schedule=NAME, config=_trace(problem), bias=True, activation="relu"
+    )
+    made = tensors.fill(problem, "normal", 1)
+    bias = np.linspace(-1, 1, problem.out_channels).astype(problem.dtype)
+    out = tensors.poisoned(problem.output_shape, problem.dtype)
+    kernel(made.x, made.w, bias, out=out)
+    axis = -1 if problem.channels_last else 1
+    shape = [problem.out_channels if i == axis % 4 else 1 for i in range(4)]
+    expected = reference.conv2d(made.x, made.w, problem) + bias.astype("float64").reshape(shape)
+    error = np.abs(out - np.maximum(expected, 0)).max()
+    assert error < (1e-5 if problem.dtype == "float32" else 2e-2)
+
+
+def test_cuda_pointers_keep_the_alignment_of_vectors():
+    sch = s_tir.Schedule(IRModule({"main": schedules.function(PROBLEM)}))
+    for block in ("im2win", "conv", "y"):
+        sch.bind(sch.get_loops(sch.get_sblock(block))[0], "blockIdx.x")
+    config = schedules.Config(json.dumps(metaschedule._plain(sch.trace.as_json())))
+    module = SCHEDULES["cuda_metaschedule"].build(PROBLEM, config, CudaTarget("sm_90"))
+    found = lower.function_parameters(lower.lower(module))["im2win_conv"]
+    assert {p.name: p.alignment for p in found} == {"x": 16, "packed": 64, "y": 16}
+
+
+def _annotate(key, value=1):
+    def change(sch):
+        sch.annotate(sch.get_loops(sch.get_sblock("y"))[0], key, value)
+
+    return change
+
+
+def _local(sch):
+    sch.set_scope(sch.get_sblock("conv"), 0, "local")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (schedules.Config(""), "trace='': cpu_metaschedule has no heuristic"),
+        (schedules.Config("{"), "trace: JSONDecodeError"),
+        (schedules.Config("[]"), "trace: ValueError"),
+        (schedules.Config("[" * 100_000), "trace: RecursionError"),
+        (schedules.Config('[[["Tensorize", [], [], []]], []]'), "trace: step 'Tensorize': allowed"),
+        (schedules.Config('[[["GetSBlock", [], [], []]], []]'), "trace: "),
+        (_trace(PROBLEM, _annotate("pragma_import_c", "int f;")), "annotation 'pragma_import_c'"),
+        (_trace(PROBLEM, _annotate("pragma_import_llvm", "x")), "annotation 'pragma_import_llvm'"),
+        (_trace(PROBLEM, _local), "trace: step 'SetScope'"),
+        (schedules.Config(3), "trace=3: allowed: the text of a trace"),
+    ],
+    ids=range(10),
+)
+def test_a_trace_is_refused(config, reason):
+    assert reason in SCHEDULE.check(config, PROBLEM, CPU)
+    with pytest.raises(ScheduleError):
+        SCHEDULE.build(PROBLEM, config, CPU)
+
+
+def test_what_rules_annotate_is_allowed():
+    for key in ("pragma_auto_unroll_max_step", "meta_schedule.parallel"):
+        assert SCHEDULE.check(_trace(PROBLEM, _annotate(key)), PROBLEM, CPU) is None
+
+
+def test_without_a_record_it_takes_no_part(place):
+    place.mkdir()
+    assert NAME not in supporting(PROBLEM, CPU)
+    assert select(PROBLEM, CPU).schedule.name == "cpu_blocked"
+    with pytest.raises(ScheduleError, match=r"no tuning record for .*, and no heuristic"):
+        select(PROBLEM, CPU, NAME)
+    assert select(PROBLEM, CPU, NAME, _trace(PROBLEM)).origin.kind == "given"
+
+
+@pytest.mark.parametrize(("theirs", "winner"), [(9.0, NAME), (11.0, "cpu_blocked")])
+def test_the_faster_record_wins_whatever_found_it(place, theirs, winner):
+    write(place, _record(theirs), name=NAME)
+    write(place, make(10.0))
+    choice = select(PROBLEM, CPU)
+    assert (choice.schedule.name, choice.origin.kind) == (winner, "record")
+    kernel = im2win_tvm.compile(PROBLEM, CPU)
+    assert kernel.metadata["schedule"]["name"] == winner
+    made = tensors.fill(PROBLEM, "normal", 2)
+    error = np.abs(kernel(made.x, made.w) - reference.conv2d(made.x, made.w, PROBLEM)).max()
+    assert error < 1e-5
+
+
+def test_a_record_whose_trace_is_refused_is_a_miss(place):
+    spoilt = asdict(_trace(PROBLEM, _annotate("pragma_import_c", "int f;")))
+    write(place, make(1.0, schedule=NAME, config=spoilt), name=NAME)
+    choice = select(PROBLEM, CPU)
+    assert choice.origin.kind == "heuristic"
+    assert "pragma_import_c" in choice.missed[0].reason
+
+
+def test_bench_shows_it_beside_the_others(place):
+    write(place, _record(9.0), name=NAME)
+    entries = baselines.implementations(CPU, ["metaschedule"], ["cpu_blocked"])
+    layers = run({"it": PROBLEM, "other": ODD}, CPU, entries, BRIEF)["layers"]
+    (ours, searched), (_, gap) = (layer["implementations"] for layer in layers)
+    assert (ours["family"], searched["family"]) == ("im2win", "metaschedule")
+    assert (ours["status"], searched["status"], gap["status"]) == ("ok", "ok", "absent")
+    assert "scripts/tune_metaschedule.py makes records" in gap["reason"]
+
+
+def test_a_search_ends_in_records_that_selection_takes(place, monkeypatch):
+    monkeypatch.setattr("im2win_tvm.tuning.session.SEARCH", BRIEF)
+    with Session(CPU, place, 1, BRIEF) as session:
+        result = metaschedule.tune(session, PROBLEM, CPU, 2, 2, **machinery())
+    assert result.tried > 0
+    assert (result.errors, result.wrong) == ({}, [])
+    assert all(record.passed for record in result.records)
+    choice = select(PROBLEM, CPU)
+    assert (choice.schedule.name, choice.origin.kind) == (NAME, "record")
+    assert asdict(choice.config) == result.best().config
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
+def test_what_rules_for_cuda_find_computes_the_convolution(dtype, monkeypatch):
+    described = {"kind": "cuda", "arch": "sm_90", "thread_warp_size": 32}
+    described |= {"max_shared_memory_per_block": 48 * 1024, "max_threads_per_block": 1024}
+    gpu = tvm.target.Target(described | {"registers_per_block": 65536}, host="llvm")
+    monkeypatch.setattr(metaschedule, "tvm_target_here", lambda target: gpu)
+    monkeypatch.setattr(metaschedule, "choose_cuda_compiler", lambda: None)
+    problem = ODD.replace(dtype=dtype)
+    (config, *_) = metaschedule.found(problem, CudaTarget("sm_90"), 2, 2, **machinery())
+    assert "threadIdx.x" in config.trace
+    assert_right("cuda_metaschedule", problem, config, Epilogue(True, True, "relu"))
+
+
+def test_a_search_of_a_template_finds_configurations_of_its_schedule():
+    problem = PROBLEM.replace(out_channels=64, input_size=(24, 24))
+    found = metaschedule.found(problem, CPU, 8, 8, space="cpu_blocked", **machinery())
+    assert 0 < len(found) <= FINALISTS
+    for config in found:
+        assert SCHEDULES["cpu_blocked"].check(config, problem, CPU) is None
+
+
+def test_a_template_decides_tiles():
+    problem = PROBLEM.replace(out_channels=64, input_size=(24, 24))
+    start = replace(
+        SCHEDULES["cpu_blocked"].default(problem, CPU), tile_rows=2, tile_columns=4, block_rows=8
+    )
+    template = CpuBlockedTemplate(problem, CPU, start)
+    configs = set()
+    for seed in range(12):
+        sch = s_tir.Schedule(IRModule({"main": template.function}), seed=seed + 1)
+        template._design(sch)
+        config = template.config(sch.trace)
+        if config is not None:
+            configs.add(config)
+            assert SCHEDULES["cpu_blocked"].check(config, problem, CPU) is None
+    assert len(configs) > 2
+
+
+def test_what_cannot_be_searched_is_refused(place):
+    with Session(CPU, place, 1, BRIEF) as session:
+        with pytest.raises(TuningError, match="space='no': allowed: rules, cpu_blocked"):
+            metaschedule.tune(session, PROBLEM, CPU, space="no")
+        with pytest.raises(TuningError, match="dtype=bfloat16"):
+            metaschedule.tune(session, PROBLEM.replace(dtype="bfloat16"), CPU)
+        with pytest.raises(TuningError, match="none of 2 candidates ran"):
+            metaschedule.tune(session, PROBLEM, CPU, 2, 2, **machinery("no compiler"))
