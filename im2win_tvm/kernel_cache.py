@@ -25,12 +25,14 @@ VARIABLE = "IM2WIN_CACHE"
 _PACKAGE = Path(__file__).parent
 
 
-def default_folder() -> Path:
-    """``$IM2WIN_CACHE``, or ``im2win_tvm`` in the user's folder for caches."""
+def default_folder() -> Path | None:
+    """``$IM2WIN_CACHE``, or ``im2win_tvm`` in the user's folder for caches; None without a home."""
     named = os.environ.get(VARIABLE)
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "im2win_tvm"
+    with suppress(RuntimeError):  # of Path.home: a container may know no user
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "im2win_tvm"
+    return None
 
 
 class KernelCache:
@@ -63,14 +65,17 @@ class KernelCache:
             lock = self._locks.setdefault(name, threading.Lock())
         with lock:
             if name not in self._kernels:
-                path = (self._folder or default_folder()) / f"{name}.so"
+                folder = self._folder or default_folder()
+                path = None if folder is None else folder / f"{name}.so"
                 self._kernels[name] = _read(path, problem) or _compile(
                     path, problem, target, accuracy, epilogue
                 )
             return self._kernels[name]
 
 
-def _read(path: Path, problem: ConvProblem) -> Kernel | None:
+def _read(path: Path | None, problem: ConvProblem) -> Kernel | None:
+    if path is None:
+        return None
     try:
         kernel = load(path)
     except (ArtifactError, OSError):
@@ -79,11 +84,17 @@ def _read(path: Path, problem: ConvProblem) -> Kernel | None:
 
 
 def _compile(
-    path: Path, problem: ConvProblem, target: Target, accuracy: str | None, epilogue: Epilogue
+    path: Path | None,
+    problem: ConvProblem,
+    target: Target,
+    accuracy: str | None,
+    epilogue: Epilogue,
 ) -> Kernel:
     from .compiler import compile
 
     kernel = compile(problem, target, accuracy=accuracy, **dataclasses.asdict(epilogue))
+    if path is None:
+        return kernel
     with suppress(OSError):  # no room, or not ours to write: the kernel is there all the same
         path.parent.mkdir(parents=True, exist_ok=True)
         kernel.export(path)

@@ -358,7 +358,7 @@ def test_models_in_files_are_exported(suffix, tmp_path):
     [
         ((), None, "there is no such file"),
         ((), b"not a model", "cannot be imported"),
-        (("--dtype", "float16"), None, "--dtype: not allowed with a model"),
+        (("--layout", "NHWC"), None, "--layout: not allowed with a model"),
     ],
 )
 def test_models_that_are_refused(options, text, message, tmp_path):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .model_files import MODEL_FILES, chosen_dtype, model_in, refuse
 from .options import (
     PROBLEM_HELP,
     SUITE_NAMES,
@@ -21,15 +22,22 @@ from .options import (
     parse_config,
     parse_problem,
 )
-from .progress import progress
+from .progress import progress, working
 
 if TYPE_CHECKING:
     from ..problem import ConvProblem
+    from ..target import Target
 
 
 def bench(
+    context: typer.Context,
     problems: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROBLEM]...", help=PROBLEM_HELP)
+        list[str] | None,
+        typer.Argument(
+            metavar="[PROBLEM|MODEL]...",
+            help=f"{PROBLEM_HELP} Or one model in a file ({MODEL_FILES}), to be measured end to "
+            "end and convolution by convolution.",
+        ),
     ] = None,
     suite: Annotated[
         str | None,
@@ -40,7 +48,8 @@ def bench(
         typer.Option(
             "--batch",
             "--mb",
-            help="Batch size. Default of a suite: 1 on llvm, 128 on cuda; of a PROBLEM: its own.",
+            help="Batch size. Default of a suite: 1 on llvm, 128 on cuda; of a PROBLEM: its own. "
+            "A MODEL takes one that has a symbolic batch.",
         ),
     ] = None,
     target: TargetOption = None,
@@ -103,6 +112,12 @@ def bench(
     if time_limit is not None and not time_limit > 0:
         raise typer.BadParameter(f"time-limit={time_limit}: allowed: more than 0")
     resolved = resolve(target, arch=arch)
+    model = model_in(problems or [])
+    if model is not None:
+        refuse(context, "a model", _NOT_OF_MODELS)
+        measured_in = chosen_dtype(context, dtype)
+        _bench_model(model, resolved, batch, measured_in, accuracy, against, time_limit, json_path)
+        return
     chosen = _problems(problems or [], suite, batch, dtype, layout, resolved.kind)
     contenders = implementations(
         resolved,
@@ -133,6 +148,42 @@ def bench(
     if png is not None:
         chart.draw(record, png)
     if failures(record):
+        raise typer.Exit(1)
+
+
+# Options without a meaning for a model.
+_NOT_OF_MODELS = ("suite", "layout", "schedule", "config", "csv_path", "png", "roofline_path")
+
+
+def _bench_model(
+    path: Path,
+    target: Target,
+    batch: int | None,
+    dtype: str | None,
+    accuracy: str | None,
+    against: list[str] | None,
+    time_limit: float | None,
+    json_path: Path | None,
+) -> None:
+    from ..bench import models
+    from ..bench.run import failures, limits_for
+
+    with working(f"measuring {path}"):
+        record = models.measure(
+            path,
+            target,
+            batch=batch,
+            dtype=dtype,
+            accuracy=accuracy,
+            against=_families(against),
+            limits=limits_for(target, time_limit),
+        )
+    print(models.text(record))
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    failed = [e for e in record["model"]["implementations"] if e["status"] == "failed"]
+    if failed or failures(record):
         raise typer.Exit(1)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from .metadata import summary
+from .model_files import MODEL_FILES, chosen_dtype, model_in, refuse
 from .options import (
     PROBLEM_HELP,
     AccuracyOption,
@@ -32,8 +33,7 @@ def export(
         str,
         typer.Argument(
             metavar="PROBLEM|MODEL",
-            help=f"{PROBLEM_HELP} Or a model in a file: MODEL.onnx, or MODEL.pt2 by "
-            "torch.export.save.",
+            help=f"{PROBLEM_HELP} Or a model in a file: {MODEL_FILES}.",
         ),
     ],
     output: Annotated[
@@ -54,6 +54,14 @@ def export(
     activation: Annotated[
         str | None, typer.Option("--activation", help="relu, applied last. Default: none.")
     ] = None,
+    choice: Annotated[
+        str | None,
+        typer.Option(
+            "--choice",
+            help="Of a model's convolutions: all by kernels of this package, or measured: by TVM's "
+            "own where these are faster here. Default: all.",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the metadata as JSON instead of a summary.")
     ] = False,
@@ -63,10 +71,14 @@ def export(
     `im2win_tvm.load(FILE)` runs a convolution with NumPy and apache-tvm-ffi alone. A model runs in
     TVM's virtual machine: `tvm.relax.VirtualMachine(tvm.runtime.load_module(FILE), device)`.
     """
-    if Path(problem).suffix in (".onnx", ".pt2"):
-        _refuse_options(context)
-        _export_model(Path(problem), output, target, arch, accuracy)
+    model = model_in([problem])
+    if model is not None:
+        refuse(context, "a model", _OF_PROBLEMS)
+        own = chosen_dtype(context, dtype)
+        _export_model(model, output, target, arch, accuracy, own, batch, choice)
         return
+    if choice is not None:
+        raise typer.BadParameter("--choice: allowed with a model only")
     from .. import compiler
     from ..epilogue import ACTIVATIONS
 
@@ -94,30 +106,32 @@ def export(
 
 
 # Options that a model decides itself.
-_OF_PROBLEMS = ("dtype", "layout", "batch", "schedule", "config", "bias", "residual", "activation",
-                "as_json")  # fmt: skip
-
-
-def _refuse_options(context: typer.Context) -> None:
-    for name in _OF_PROBLEMS:
-        if context.get_parameter_source(name).name == "COMMANDLINE":
-            option = next(p.opts[-1] for p in context.command.params if p.name == name)
-            raise typer.BadParameter(f"{option}: not allowed with a model, which has its own")
+_OF_PROBLEMS = ("layout", "schedule", "config", "bias", "residual", "activation", "as_json")
 
 
 def _export_model(
-    path: Path, output: Path, target: str | None, arch: str | None, accuracy: str | None
+    path: Path,
+    output: Path,
+    target: str | None,
+    arch: str | None,
+    accuracy: str | None,
+    dtype: str | None,
+    batch: int | None,
+    choice: str | None,
 ) -> None:
     from ..artifact import copy_atomically
-    from ..relax import UseIm2win, build
-    from ..relax.models import read
+    from ..relax import UseIm2win, build, read, specialise
     from ..target import resolve
 
     where = resolve(target, arch=arch)
-    rewrite = UseIm2win(where, accuracy=accuracy)
+    if choice not in (None, "all", "measured"):
+        raise typer.BadParameter(f"choice={choice!r}: allowed: all or measured")
+    rewrite = UseIm2win(where, accuracy=accuracy, choice=choice or "all")
     with working(f"compiling {path}"), tempfile.TemporaryDirectory(prefix="im2win-") as folder:
         library = Path(folder) / "model.so"
-        build(rewrite(read(path)), where).export_library(str(library))
+        module = read(path, dtype)
+        module = module if batch is None else specialise(module, batch)
+        build(rewrite(module), where).export_library(str(library))
         written = copy_atomically(library, output)
     print(f"{written}: {written.stat().st_size} bytes")
     print(rewrite.report)

@@ -6,7 +6,10 @@ print(pass_.report)
 executable = im2win_tvm.relax.build(module, "llvm")
 """
 
+from .batches import specialise
 from .build import build
-from .use_im2win import Layer, Report, UseIm2win
+from .models import ModelError, read
+from .report import Layer, Report
+from .use_im2win import UseIm2win
 
-__all__ = ["Layer", "Report", "UseIm2win", "build"]
+__all__ = ["Layer", "ModelError", "Report", "UseIm2win", "build", "read", "specialise"]

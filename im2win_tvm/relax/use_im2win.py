@@ -3,66 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm import relax
 
-from ..accuracy import allowed
-from ..emulate import serial
 from ..epilogue import Epilogue
-from ..lower import calls, function_parameters, is_tirx, lower
+from ..lower import calls, function_parameters
 from ..problem import ConvProblem, ProblemError
 from ..schedules import ScheduleError
 from ..schedules.base import PREPARE
-from ..select import Choice, select
+from ..select import Choice
 from ..target import Target, resolve
 from .chains import Chain, chains
+from .constants import FoldConstants
+from .functions import Functions
+from .report import Layer, Report
 
 __all__ = ["Layer", "Report", "UseIm2win"]
 
-_SCHEDULED, _OPAQUE = "tirx.is_scheduled", 8
+#: Ways to choose between our kernel and TVM's own.
+CHOICES = ("all", "measured")
 _OTHERS = {
     "relax.nn.conv1d", "relax.nn.conv3d", "relax.nn.conv1d_transpose",
     "relax.nn.conv2d_transpose", "relax.nn.conv3d_transpose",
 }  # fmt: skip
-
-
-@dataclass
-class Layer:
-    """A convolution of the model: what computes it, and with what of its surroundings.
-
-    schedule, origin: ours, and where its configuration comes from; None and the reason where TVM's
-    own kernel stays.
-    """
-
-    name: str
-    problem: str
-    operators: list[str]
-    schedule: str | None
-    origin: str
-
-
-@dataclass
-class Report:
-    """What `UseIm2win` did; its text is a table."""
-
-    layers: list[Layer] = field(default_factory=list)
-
-    @property
-    def replaced(self) -> list[Layer]:
-        return [layer for layer in self.layers if layer.schedule is not None]
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} of {len(self.layers)} convolutions replaced"]
-        wide = max((len(layer.problem) for layer in self.layers), default=0)
-        for layer in self.layers:
-            what = layer.schedule or "TVM"
-            text = f"{'+'.join(layer.operators)}; {layer.origin}"
-            lines.append(f"{layer.name:8} {layer.problem:{wide}} {what:18} {text}")
-        return "\n".join(lines)
 
 
 @tvm.transform.module_pass(opt_level=0, name="UseIm2win")
@@ -71,14 +37,16 @@ class UseIm2win:
 
     target: as in `im2win_tvm.compile`. layout: that of all convolutions from here on, ``"NHWC"`` or
     ``"NCHW"``, or None to leave each as it is; conversions stand at the borders of what can follow
-    it. accuracy: as in `im2win_tvm.compile`. keep: asked for each problem that a schedule takes;
-    where it gives a reason, TVM's own kernel stays.
+    it. accuracy: as in `im2win_tvm.compile`. choice: "all", or "measured", which builds and times
+    each distinct convolution both ways on the machine that this is, where TVM's own kernel stays if
+    it is faster. keep: asked for each problem that a schedule takes; where it gives a reason, TVM's
+    own kernel stays.
 
     To be applied to what an importer gives, before operators are legalized. Batch normalisation is
     folded into filters; bias, residual addition and ReLU are computed with the convolution; filters
-    that are constants are prepared here, others at every call. Convolutions of symbolic shape, of
-    one or three axes and transposed ones stay TVM's. `report` tells of the last module.
-    Build with `im2win_tvm.relax.build`.
+    that are constants are prepared here, others at every call. Convolutions of symbolic shape (see
+    `specialise`), of one or three axes, transposed ones and those in branches stay TVM's. `report`
+    tells of the last module. Build with `im2win_tvm.relax.build`.
     """
 
     def __init__(
@@ -87,18 +55,21 @@ class UseIm2win:
         *,
         layout: str | None = "NHWC",
         accuracy: str | None = None,
+        choice: str = "all",
         keep: Callable[[ConvProblem, Choice], str | None] | None = None,
     ):
         if layout not in ("NHWC", "NCHW", None):
             raise ValueError(f"layout={layout!r}: allowed are 'NHWC', 'NCHW' and None")
         self.target, self.layout = resolve(target), layout
-        self.accuracy, self.keep = accuracy, keep
+        if choice not in CHOICES:
+            raise ValueError(f"choice={choice!r}: allowed are {', '.join(map(repr, CHOICES))}")
+        self.accuracy, self.choice, self.keep = accuracy, choice, keep
         self.report = Report()
 
     def transform_module(self, module: tvm.IRModule, _context) -> tvm.IRModule:
         self.report = Report()
         module = _simplified(module, self.layout)
-        functions = _Functions(self)
+        functions = Functions(self.target, self.accuracy, self.choice == "measured", self.keep)
         mutator = _Mutator(module, functions, self)
         for variable, function in module.functions_items():
             if isinstance(function, relax.Function):
@@ -113,13 +84,19 @@ def _simplified(module: tvm.IRModule, layout: str | None) -> tvm.IRModule:
         # It takes normalisation by the batch's own statistics for that by running ones.
         *([] if _trains(module) else [relax.transform.DecomposeOpsForInference()]),
         relax.transform.CanonicalizeBindings(),
+        FoldConstants(),
         relax.transform.FoldConstant(),
         relax.transform.DeadCodeElimination(),
     ]
     if layout is not None:
-        wanted = {"relax.nn.conv2d": [layout, "OIHW"]}
-        passes = [relax.transform.ConvertLayout(wanted), relax.transform.Normalize(), *passes]
-    return tvm.ir.transform.Sequential(passes)(module)
+        wanted = {
+            "relax.nn.conv2d": [layout, "OIHW"],
+            "relax.nn.conv2d_transpose": ["NCHW", "IOHW"],  # TVM has no other kernel
+        }
+        converted = relax.transform.ConvertLayout(wanted), relax.transform.Normalize()
+        # Constants have the rank of what they are added to before it changes the order of axes.
+        passes = [relax.transform.CanonicalizeBindings(), FoldConstants(), *converted, *passes]
+    return tvm.ir.transform.Sequential([relax.transform.ConvertToDataflow(1), *passes])(module)
 
 
 def _trains(module: tvm.IRModule) -> bool:
@@ -137,61 +114,26 @@ def _trains(module: tvm.IRModule) -> bool:
 
 
 def _tell_of_others(function: relax.Function, report: Report) -> None:
-    for block in function.body.blocks:
-        for binding in block.bindings:
-            operator = getattr(getattr(binding.value, "op", None), "name", None)
-            if operator in _OTHERS:
-                name = operator.rpartition(".")[2]
-                reason = f"{name}: allowed is conv2d; TVM's own kernel stays"
-                report.layers.append(Layer(str(binding.var.name), "", [name], None, reason))
+    """Convolutions that are not looked at: of other kinds, and in branches."""
+    names = {b.value: str(b.var.name) for block in function.body.blocks for b in block.bindings}
 
+    def visit(expr):
+        operator = getattr(getattr(expr, "op", None), "name", None)
+        name = str(operator).rpartition(".")[2]
+        if operator in _OTHERS:
+            reason = f"{name}: allowed is conv2d; TVM's own kernel stays"
+        elif operator == "relax.nn.conv2d" and expr not in names:
+            reason = "in a branch: allowed is outside of them; TVM's own kernel stays"
+        else:
+            return
+        report.layers.append(Layer(names.get(expr, ""), "", [name], None, reason))
 
-class _Functions:
-    """The tensor functions of kernels, one set for equal ones, and packed filters."""
-
-    def __init__(self, rewrite: UseIm2win):
-        self.target, self.accuracy, self.keep = rewrite.target, rewrite.accuracy, rewrite.keep
-        self._lowered: dict[tuple, tuple[Choice, tvm.IRModule]] = {}
-        self._variables: dict[tuple, tvm.ir.GlobalVar] = {}
-
-    def of(self, problem: ConvProblem, epilogue: Epilogue) -> tuple[Choice, tvm.IRModule]:
-        """Raises ScheduleError."""
-        key = problem, epilogue
-        if key not in self._lowered:
-            # A class of float32 says nothing of a model's other convolutions.
-            accuracy = self.accuracy if self.accuracy in allowed(problem.dtype) else None
-            choice = select(problem, self.target, accuracy=accuracy)
-            reason = self.keep(problem, choice) if self.keep else None
-            if reason is not None:
-                raise ScheduleError(reason)
-            module = choice.schedule.build(problem, choice.config, self.target, epilogue)
-            self._lowered[key] = choice, lower(module)
-        return self._lowered[key]
-
-    def variable(self, builder, problem, epilogue, module, name: str) -> tvm.ir.GlobalVar:
-        key = problem, epilogue, name
-        if key not in self._variables:
-            function = module[name].without_attr("global_symbol")
-            function = function.with_attr(_SCHEDULED, True).with_attr("op_pattern", _OPAQUE)
-            self._variables[key] = builder.add_func(function, name)
-        return self._variables[key]
-
-    @staticmethod
-    def prepared(module: tvm.IRModule, w: np.ndarray) -> np.ndarray:
-        """The filter in the kernel's order, made on this machine's CPU whatever the target."""
-        function = module[PREPARE]
-        if is_tirx(function):
-            raise ScheduleError(f"{PREPARE}: written in TIRx, allowed is TensorIR")
-        parameters = function_parameters(module)[PREPARE]
-        library = tvm.compile(tvm.IRModule({PREPARE: serial(function)}), target="llvm").jit()
-        packed = tvm.runtime.tensor(np.zeros(parameters[-1].shape, parameters[-1].dtype))
-        library[PREPARE](tvm.runtime.tensor(np.ascontiguousarray(w)), packed)
-        return packed.numpy()
+    relax.analysis.post_order_visit(function, visit)
 
 
 @relax.expr_functor.mutator
 class _Mutator(relax.PyExprMutator):
-    def __init__(self, module: tvm.IRModule, functions: _Functions, rewrite: UseIm2win):
+    def __init__(self, module: tvm.IRModule, functions: Functions, rewrite: UseIm2win):
         super().__init__(module)
         self.functions, self.report = functions, rewrite.report
         self._ends: dict[Any, tuple] = {}
@@ -216,7 +158,8 @@ class _Mutator(relax.PyExprMutator):
                 shown,
                 chain.operators if reason is None else ["conv2d"],
                 None if reason else choice.schedule.name,
-                reason or str(choice.origin),
+                reason or self.functions.origin(problem, choice),
+                problem,
             )
             self.report.layers.append(layer)
             if reason is None:
@@ -288,7 +231,10 @@ def _problem(chain: Chain) -> ConvProblem:
         raise ScheduleError(f"dtypes {', '.join(sorted(dtypes))}: allowed is one")
     shape, weight = _numbers(x.ty.shape), _numbers(w.ty.shape)
     if shape is None or weight is None:
-        raise ScheduleError(f"shape={x.ty.shape}: allowed are numbers")
+        raise ScheduleError(
+            f"shape={(x if shape is None else w).ty.shape}: allowed are numbers; for batches of "
+            "any size see im2win_tvm.relax.specialise"
+        )
     constant = isinstance(w, tvm.ir.GenericConst)
     if not constant and (chain.scale is not None or str(attributes.kernel_layout) != "OIHW"):
         raise ScheduleError("weight: not a constant, so that nothing can be folded into it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.fx
 from torch import nn
 
 from .operator import conv2d
@@ -49,16 +50,26 @@ class Conv2d(nn.Conv2d):
         return self
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        x = input if input.dim() == 4 else input.unsqueeze(0)
-        y = conv2d(
-            x, self.weight, self.bias, self.stride, numbers(self), self.dilation, self.groups,
+        return _one_or_many(
+            input, self.weight, self.bias, self.stride, numbers(self), self.dilation, self.groups,
             self.accuracy, self.frozen,
         )  # fmt: skip
-        return y if input.dim() == 4 else y.squeeze(0)
 
     def extra_repr(self) -> str:
         accuracy = "" if self.accuracy is None else f", accuracy={self.accuracy!r}"
         return super().extra_repr() + accuracy
+
+
+@torch.fx.wrap  # symbolic tracing knows no number of dimensions
+def _one_or_many(input: torch.Tensor, *rest) -> torch.Tensor:
+    """`conv2d` of a batch of images or of one."""
+    if input.dim() == 4:
+        return conv2d(input, *rest)
+    if input.dim() == 3:
+        return conv2d(input.unsqueeze(0), *rest).squeeze(0)
+    raise RuntimeError(
+        f"Conv2d: input of shape {tuple(input.shape)}: allowed are [N, C, H, W] and [C, H, W]"
+    )
 
 
 def numbers(module: nn.Conv2d) -> tuple[int, int]:

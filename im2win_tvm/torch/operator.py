@@ -320,10 +320,54 @@ def _backward(ctx, gradient):
 library.register_autograd(NAME, _backward, setup_context=_keep)
 
 
+class _Cast:
+    """Constant weights in the dtype of autocast, for as long as PyTorch has them.
+
+    They are prepared once as long as they are the same tensor.
+    """
+
+    def __init__(self):
+        self._held: dict[tuple, tuple[StorageWeakRef, int, torch.Tensor]] = {}
+        self._guard = threading.Lock()
+
+    def get(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
+        # Gradients go through a cast of their own; an inference tensor has no count of changes.
+        if weight.dtype == torch.float64:
+            return weight
+        if weight.dtype == dtype or weight.requires_grad or weight.is_inference():
+            return weight.to(dtype)
+        storage, version = weight.untyped_storage(), weight._version
+        key = (
+            storage._cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.device,
+            dtype,
+        )  # fmt: skip
+        held = self._held.get(key)
+        if held is None or held[0].expired() or held[1] != version:
+            made = weight.to(dtype)
+            if capturing:  # nothing is computed now: others would read what is not there yet
+                return made
+            if made.is_cuda:  # other streams may read it next
+                torch.cuda.current_stream().synchronize()
+            held = StorageWeakRef(storage), version, made
+            with self._guard:
+                self._held = {k: v for k, v in self._held.items() if not v[0].expired()}
+                self._held[key] = held
+        elif held[2].is_cuda and not capturing:
+            held[2].record_stream(torch.cuda.current_stream())
+        return held[2]
+
+
+_CAST = _Cast()
+_CONSTANT_WEIGHT = 5  # its place among the arguments after the tensors
+
+
 def _autocast(device: str):
     def cast(input, weight, bias=None, *rest):
         with torch.autocast(device, enabled=False):
             dtype = torch.get_autocast_dtype(device)
+            if len(rest) > _CONSTANT_WEIGHT and rest[_CONSTANT_WEIGHT]:
+                weight = _CAST.get(weight, dtype)
             # As PyTorch does: float64 stays.
             tensors = (
                 t if t is None or t.dtype == torch.float64 else t.to(dtype)
