@@ -4,8 +4,8 @@ D[pixel, channel] = W[pixel, k] * F[channel, k], and W is never written anywhere
 a window's row is a short run of memory, which neither the copy engine nor wgmma's descriptors can
 take apart; ordinary threads can.
 
-* One warpgroup copies input rows into a ring in shared memory, element by element: padding is
-  zeros, NCHW is turned round, and rows begin at words there, wherever they do in memory.
+* One or two warpgroups bring input rows to a ring in shared memory: padding is zeros, NCHW is
+  turned round, and rows begin at words there, wherever they do in memory.
 * Others multiply. In im2win's order of K a pixel's window is a few runs of words in these rows: a
   thread loads its operands of wgmma from them into registers, and an input row is read once for all
   the windows that it is in.
@@ -25,7 +25,6 @@ from .cuda_thin_filter import prepare
 from .cuda_thin_kernel import convolve
 from .cuda_thin_tiles import (
     BLOCK_BYTES,
-    LOADS,
     MULTIPROCESSOR_BYTES,
     SYSTEM_BYTES,
     Config,
@@ -38,7 +37,7 @@ MOST_CHANNELS = 12
 # Registers of a consuming thread beside its sums and operands: what nvcc 13.0 needs without
 # spilling. Those that one wgmma needs beside them; ptxas counts them among those of the launch.
 OTHER_REGISTERS, WGMMA_REGISTERS = 32, 24
-_LEAST = dict(block_n=8, warpgroups=1, channels=1, rows=1, stages=2, steps=1, blocks=1)
+_LEAST = dict(block_n=8, warpgroups=1, channels=1, rows=1, stages=2, steps=1, blocks=1, producers=1)
 # Offsets are 32 bits wide.
 MAX_ELEMENTS = 2**31
 
@@ -79,6 +78,10 @@ class CudaThin(Schedule):
             return f"channels={c.channels}: allowed are {problem.in_channels}" + (
                 f" and {whole}" if problem.itemsize == 2 and whole != problem.in_channels else ""
             )
+        if c.producers > 2:
+            return f"producers={c.producers}: allowed are 1 and 2"
+        if not isinstance(c.turns, bool):
+            return f"turns={c.turns!r}: allowed are True and False"
         if c.blocks * c.threads > target.threads_per_multiprocessor:
             return f"blocks={c.blocks}: {c.blocks * c.threads} threads a multiprocessor"
         given = registers(c)
@@ -89,8 +92,8 @@ class CudaThin(Schedule):
                 f"there is room for {room}"
             )
         g = Geometry(problem, c)
-        if c.rows > 1 and c.rows * g.row_loads > LOADS:
-            return f"rows={c.rows}: {c.rows * g.row_loads} loads a thread, allowed are {LOADS}"
+        if c.rows > g.most_rows:
+            return f"rows={c.rows}: allowed are 1 to {g.most_rows}"
         if c.stages < g.fewest_stages:
             return f"stages={c.stages}: a tile needs {g.fewest_stages}"
         taken = c.blocks * (g.shared_bytes + SYSTEM_BYTES)

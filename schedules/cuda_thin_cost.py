@@ -8,17 +8,19 @@ from ..problem import ConvProblem
 from ..target import CudaTarget
 from .cuda_thin_tiles import (
     BLOCK_BYTES,
-    LOADS,
+    LANES,
     MULTIPROCESSOR_BYTES,
     SYSTEM_BYTES,
     Config,
     Geometry,
     registers,
 )
-from .hopper import WGMMA_M
+from .hopper import WARPGROUP, WGMMA_M
 
 # Multiplying warpgroups of a block, and blocks of a multiprocessor.
 _CREWS = ((4, 1), (3, 1), (2, 1), (1, 1), (2, 2), (1, 2), (1, 3), (1, 4))
+# Rows of a stage that a warp copies, at most.
+_COPIED = 4
 # Stages more than a tile needs: room for other warpgroups' tiles, and for the producer's lead.
 _MORE = (8, 4, 2, 1)
 # Registers of a thread beside sums and operands that no epilogue spills with, by nvcc 13.0.
@@ -28,12 +30,17 @@ _EPILOGUE = 40
 def candidates(problem: ConvProblem) -> Iterator[Config]:
     """Configurations for a problem; some are not valid."""
     for block_n, channels in itertools.product(_widths(problem), _channels(problem)):
-        loads = Geometry(problem, Config(block_n, 1, channels, 1, 2)).row_loads
-        most = max(1, min(8, LOADS // loads))
-        for (warpgroups, blocks), rows, steps in itertools.product(
-            _CREWS, sorted({most, -(-most // 2)}), (4, 3, 2)
+        g = Geometry(problem, Config(block_n, 1, channels, 1, 2))
+        most = min(_COPIED if g.by_copies else 8, g.most_rows)
+        # Elements keep two warpgroups busy; warps that copy wait most of the time.
+        producers = (1,) if g.by_copies else (1, 2)
+        for (warpgroups, blocks), rows, steps, producing, turns in itertools.product(
+            _CREWS, sorted({most, -(-most // 2)}), (4, 3, 2), producers, (True, False)
         ):
+            if turns and (warpgroups == 1 or blocks > 1):
+                continue  # nobody to take turns with, or others go on meanwhile
             fields = dict(warpgroups=warpgroups, rows=rows, steps=steps, blocks=blocks)
+            fields |= dict(producers=producing, turns=turns)
             g = Geometry(problem, Config(block_n, channels=channels, stages=2, **fields))
             held = g.config.sums + 8 * steps
             if steps > max(2, g.k_steps) or held > registers(g.config).consumer - _EPILOGUE:
@@ -61,15 +68,22 @@ def _channels(problem: ConvProblem) -> list[int]:
 
 # Fitted to 56 measurements on an H100 (rms 5.5 %), of a producer that did not yet load a stage
 # ahead; cycles at CLOCK GHz. Instructions of a warp for a tile, and for a step of K; of a producing
-# warp for a stage, a row, a load of words or of elements, and the cycles from one of these to the
-# next; cycles of a launch with the first rows, and of each KiB of a filter.
+# warp for a stage, a row, a load of an element, and the cycles from one of these to the next;
+# cycles of a launch with the first rows, and of each KiB of a filter.
 _TILE, _STEP = 150.0, 2.3
-_STAGE, _ROW, _WORDS, _ELEMENTS, _EACH = 17.0, 15.0, 8.6, 10.0, 4.0
+_STAGE, _ROW, _ELEMENTS, _EACH = 17.0, 15.0, 10.0, 4.0
+# Counted in the code for sm_90a: instructions of a warp that copies, for a stage, a row, and a word
+# of a lane.
+_COPIED_STAGE, _COPIED_ROW, _COPIED_WORD = 90.0, 12.0, 5.0
 _LAUNCH, _FILTER = 8060.0, 80.0
 CLOCK = 1.7
-# Bytes a cycle of DRAM, of all multiprocessors; and how often outputs in NCHW count once more where
-# rows of a tile do not begin at sectors of 32 bytes, which are then written in parts.
-_DRAM, _PARTS, _SECTOR = 2650.0 / CLOCK, 1.3, 32
+# Bytes a cycle of DRAM, of all multiprocessors; how much more outputs count where warpgroups store
+# their tiles at the same time (the median of 8 pairs of measurements).
+_DRAM, _AT_ONCE = 2650.0 / CLOCK, 1.0125
+# How often outputs in NCHW count once more where rows of a tile do not begin at sectors of 32
+# bytes, which are then written in parts: where neighbouring tiles are stored one soon after the
+# other, and where they are stored at the same time.
+_SECTOR, _IN_ORDER, _SIDE_BY_SIDE = 32, 0.65, 1.8
 # Of things that go on side by side the longest counts, and the others too.
 _NORM = 2.0
 
@@ -83,23 +97,38 @@ def cycles(g: Geometry, target: CudaTarget) -> float:
     # A step reads 16 words a lane and the filter's columns from shared memory.
     step = max(c.block_n / 2, 16 + c.block_n / 4)
     rows = tiles * WGMMA_M / g.columns * g.next_row + g.window_rows * blocks
-    load = (_WORDS if g.by_words else _ELEMENTS) * g.copies
-    stage = _STAGE + c.rows * (_ROW + g.row_loads * load)
-    producing = rows / c.rows * stage
+    producing, waiting = _producing(g, rows)
     busy = _together(
         tiles * g.k_steps * step,
         tiles * (_TILE + _STEP * g.k_steps) + producing,
-        producing * _EACH / min(blocks, c.blocks),
+        waiting / min(blocks, c.blocks),
         _moved(g) / _DRAM,
     )
     return _LAUNCH + _FILTER * g.filter_bytes / 1024 + busy
 
 
+def _producing(g: Geometry, rows: float) -> tuple[float, float]:
+    """Instructions of a scheduler for so many rows of the ring, and cycles if it had no others."""
+    c = g.config
+    if not g.by_copies:
+        load = g.row_loads * _ELEMENTS * g.copies
+        instructions = rows / c.rows * (_STAGE + c.rows * (_ROW + load))
+        return instructions, instructions * _EACH / c.producers
+    # A stage is one warp's, and a scheduler's share of them that of one of its warps.
+    words = -(-g.class_words // LANES) * g.copies
+    stage = _COPIED_STAGE + c.rows * (_COPIED_ROW + words * _COPIED_WORD)
+    instructions = rows / c.rows * stage / (WARPGROUP // LANES)
+    return instructions, instructions * _EACH / c.producers
+
+
 def _moved(g: Geometry) -> float:
     """Bytes, in whole sectors."""
     p = g.problem
-    split = not p.channels_last and g.image_pixels * p.itemsize % _SECTOR
-    return p.min_bytes + (_PARTS * prod(p.output_shape) * p.itemsize if split else 0)
+    in_order = g.config.turns or g.config.warpgroups == 1
+    more = 0 if in_order else _AT_ONCE - 1
+    if not p.channels_last and g.image_pixels * p.itemsize % _SECTOR:
+        more = _IN_ORDER if in_order else _SIDE_BY_SIDE
+    return p.min_bytes + more * prod(p.output_shape) * p.itemsize
 
 
 def _together(*parts: float) -> float:

@@ -11,9 +11,11 @@ from ..epilogue import Epilogue
 from ..problem import ConvProblem
 from . import cuda_thin_rows as rows
 from .base import ALIGNMENT
+from .cuda_thin_copies import Copier, Slots
 from .cuda_thin_filter import packed_filter
 from .cuda_thin_store import Store, pixel_of_row
 from .cuda_thin_tiles import STEP_WORDS, Config, Geometry, registers, split
+from .cuda_thin_turns import InTurn
 from .cuda_thin_window import Window
 from .hopper import ATOM_ROWS, ROW_BYTES, WARPGROUP, WGMMA_K_BYTES, WGMMA_M, Position, settle
 from .hopper import Ring as CopyRing
@@ -44,6 +46,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
     STAGED = max(1, CONSUMERS * g.staging_bytes // 4)
     STEPS, EACH = g.k_steps, c.steps
     GROUPS = -(-STEPS // EACH)  # of steps, whose operands are loaded together
+    PASS = (GROUPS - 1) // 2  # the group after which another warpgroup may begin
     CHUNK_STEPS = ROW_BYTES // WGMMA_K_BYTES
 
     def ring_row(pixel):
@@ -87,11 +90,13 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
         # 1. Shared memory: the filter, input rows, bias, and in NCHW sums on their way.
         pool = T.SMEMPool()
         weights = CopyRing(pool, 1, g.filter_bytes, 1)
-        ring = rows.Ring(pool, g, 4 * CONSUMERS)
+        ring = rows.Ring(pool, g, 4 * CONSUMERS, 1 if g.by_copies else rows.WARPS)
+        slots = Slots(pool, g)
         added = pool.alloc((BLOCK_N,), "float32", align=16)
         staging = pool.alloc((STAGED,), "float32", align=16)
         weights.place_barriers(pool)
         ring.place_barriers(pool)
+        slots.place_barriers(pool)
         pool.commit()
 
         # 2. This block's channels, and its share of the tiles of 64 pixels, in a row.
@@ -106,9 +111,12 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
         if thread == 0:
             weights.init()
             ring.init()
-            # What was initialised is to be seen by the copy engine, and below by all threads.
-            T.ptx.fence.proxy.async_.shared__cta()
+            if g.by_copies:
+                slots.init()
         ring.clear(thread, c.threads)
+        slots.clear(thread, c.threads)
+        # What was initialised is to be seen by the copy engine, and below by all threads.
+        T.ptx.fence.proxy.async_.shared__cta()
         if epilogue.bias:
             for i in T.unroll((BLOCK_N + c.threads - 1) // c.threads):
                 channel: T.let = i * c.threads + thread
@@ -122,15 +130,22 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
 
         weights_at = Position(1)
         weights_at.start()
-        if warpgroup == CONSUMERS:
+        if warpgroup >= CONSUMERS:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](REGISTERS.producer)
-            # 3. One copy brings the filter, which stays; all threads bring rows.
+            # 3. One copy brings the filter, which stays; rows come by copies or by threads.
             local: T.let = thread % WARPGROUP
-            if local == 0:
+            if thread == CONSUMERS * WARPGROUP:
                 weights.expect(weights_at, g.filter_bytes)
                 weights.copy(weights_at, packed_flat.ptr_to([n_tile * FILTER]), g.filter_bytes)
-            producer = rows.Producer(g, ring, x_bits, local, first_row)
-            producer.run_all(stages, thread % 32)
+            if g.by_copies:
+                warp: T.let = (warpgroup - CONSUMERS) * rows.WARPS + T.tvm_warp_shuffle(
+                    T.uint32(0xFFFFFFFF), local // 32, 0, 32, 32)
+                copier = Copier(g, ring, slots, x_bits, warp, thread % 32, first_row)
+                copier.run_all(stages)
+            else:
+                producer = rows.Producer(
+                    g, ring, x_bits, local, first_row, warpgroup - CONSUMERS)
+                producer.run_all(stages, thread % 32)
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](REGISTERS.consumer)
             local: T.let = thread % WARPGROUP
@@ -143,6 +158,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
             reader = rows.Reader(ring, thread % 32)
             reader.start()
             store = Store(g, epilogue, added, staging, warpgroup, (residual_flat, y_flat))
+            turns = InTurn(CONSUMERS, warpgroup)
             tile: T.int32 = first_tile + warpgroup
             weights.wait(weights_at)
 
@@ -191,9 +207,16 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
                 high: T.let = first_word(
                     T.min(tile * WGMMA_M + pixel_of_row(g, local, 1), last), first_row)
                 # 5. Products.
+                if c.turns:
+                    if tile > first_tile:
+                        turns.wait()
                 for group in T.unroll(GROUPS):
                     load(group, low, high)
                     multiply(group)
+                    if c.turns and group == PASS:
+                        # Who has the next tile may begin: two multiply at a time.
+                        if tile + 1 < end_tile:
+                            turns.pass_on()
                     if group < GROUPS - 1:
                         # The group before is over: its operands may be loaded over.
                         T.ptx.wgmma.wait_group.sync.aligned(1)

@@ -1,16 +1,17 @@
 """Input rows of `cuda_thin` on their way to shared memory, where windows find them.
 
 Whatever the layout, the padding and the addresses in memory: in the ring a row is its columns with
-their channels, zeros where there is padding, beginning at a word. One warpgroup reads elements of
-the input and writes them where they belong; many loads of each thread are on their way at a time.
-Others read a row as long as their windows need it.
+their channels, zeros where there is padding, beginning at a word. Here a warpgroup reads elements
+of the input and writes them where they belong; many loads of each thread are on their way at a
+time. `cuda_thin_copies` is faster, where rows lie together in memory. Others read a row as long as
+their windows need it.
 """
 
 # Bodies of inline functions are parsed as TIRx.
 
 from tvm.script import tirx as T
 
-from .cuda_thin_loads import Elements, Words
+from .cuda_thin_loads import Elements
 from .cuda_thin_tiles import Geometry, split
 from .hopper import WARPGROUP, Position
 
@@ -18,15 +19,28 @@ WARPS = WARPGROUP // 32
 LINE = 128  # bytes, of the L2 cache
 
 
+def source(g: Geometry, row):
+    """Where an input row begins in x, and whether it is one and not padding."""
+    image, within = split(row, g.image_rows)
+    if g.stride_h > g.next_row:  # rows between windows are left out
+        window, within = split(within, g.window_rows)
+        within = window * g.stride_h + within
+    y = within - g.top
+    inside = T.And(image < g.batch, T.And(y >= 0, y < g.height))
+    if g.problem.channels_last:
+        return (image * g.height + y) * (g.width * g.in_channels), inside
+    return image * (g.in_channels * g.height * g.width) + y * g.width, inside
+
+
 @T.meta_class
 class Ring:
     """Stages of rows, each with two mbarriers.
 
-    full: the producing warps have written it. empty: the `readers` warps need it no more.
+    full: `writers` warps have written it. empty: the `readers` warps need it no more.
     """
 
-    def __init__(self, pool, geometry: Geometry, readers: int):
-        self.geometry, self.readers = geometry, readers
+    def __init__(self, pool, geometry: Geometry, readers: int, writers: int = WARPS):
+        self.geometry, self.readers, self.writers = geometry, readers, writers
         self.stages = geometry.config.stages
         self.data = pool.alloc((geometry.ring_bytes // 4,), "uint32", align=16)
         self.full = self.empty = None
@@ -39,7 +53,7 @@ class Ring:
     @T.inline
     def init(self):
         for i in T.unroll(self.stages):
-            T.ptx.mbarrier.init.shared.b64(self.full.ptr_to([i]), T.uint32(WARPS))
+            T.ptx.mbarrier.init.shared.b64(self.full.ptr_to([i]), T.uint32(self.writers))
             T.ptx.mbarrier.init.shared.b64(self.empty.ptr_to([i]), T.uint32(self.readers))
 
     @T.inline
@@ -75,37 +89,27 @@ class Ring:
 
 @T.meta_class
 class Producer:
-    """A warpgroup that fills the ring from row `first` on."""
+    """A warpgroup that fills the ring from row `first` on: stages by turns, its first `number`."""
 
-    def __init__(self, geometry: Geometry, ring: Ring, x, thread, first):
+    def __init__(self, geometry: Geometry, ring: Ring, x, thread, first, number=0):
         g = self.geometry = geometry
-        self.ring, self.x, self.thread, self.first = ring, x, thread, first
-        self.loads = (Words if g.by_words else Elements)(g, ring.data, x, thread)
+        self.ring, self.x, self.thread = ring, x, thread
+        self.first = first + number * g.config.rows
+        self.number, self.producers = number, g.config.producers
+        self.step = self.producers * g.config.rows  # rows from stage to stage
+        self.loads = Elements(g, ring.data, x, thread)
         # Elements of a row that lie together in memory, and how many such runs it has.
         self.runs = 1 if g.problem.channels_last else g.in_channels
         self.run = g.input_columns * (g.in_channels if self.runs == 1 else 1)
         self.at = Position(ring.stages)
 
-    def source(self, row):
-        """Where an input row begins in x, and whether it is one and not padding."""
-        g = self.geometry
-        image, within = split(row, g.image_rows)
-        if g.stride_h > g.next_row:  # rows between windows are left out
-            window, within = split(within, g.window_rows)
-            within = window * g.stride_h + within
-        y = within - g.top
-        inside = T.And(image < g.batch, T.And(y >= 0, y < g.height))
-        if g.problem.channels_last:
-            return (image * g.height + y) * (g.width * g.in_channels), inside
-        return image * (g.in_channels * g.height * g.width) + y * g.width, inside
-
     @T.inline
     def load(self, buffer, piece):
         """The piece of this number, rows of a stage or a part of one, into registers."""
         g, parts = T.meta_var(self.geometry), T.meta_var(self.loads.parts)
-        row: T.let = self.first + piece // parts * g.config.rows
+        row: T.let = self.first + piece // parts * self.step
         for i in T.unroll(g.config.rows):
-            begin, inside = T.meta_var(self.source(row + i))
+            begin, inside = T.meta_var(source(g, row + i))
             start: T.let = begin
             exists: T.let = inside
             self.loads.load(buffer, i, piece % parts, start, exists)
@@ -126,8 +130,8 @@ class Producer:
         count = T.meta_var(g.config.rows * self.runs * lines)
         for i in T.unroll((count + 31) // 32):
             number: T.let = i * 32 + lane
-            begin, inside = T.meta_var(self.source(
-                self.first + stage * g.config.rows + number // (self.runs * lines)))
+            begin, inside = T.meta_var(source(
+                g, self.first + stage * self.step + number // (self.runs * lines)))
             within = T.meta_var(T.min(number % lines * (LINE // g.problem.itemsize),
                                       max(self.run - 1, 0)))
             if T.And(inside, number < count):
@@ -137,29 +141,31 @@ class Producer:
 
     @T.inline
     def run_all(self, stages, lane):
-        """Fill the ring with so many stages, as fast as it is read."""
+        """Fill the ring with this warpgroup's of so many stages, as fast as it is read."""
         parts = T.meta_var(self.loads.parts)
         warp: T.let = self.thread // 32
+        count: T.let = (stages - self.number + self.producers - 1) // self.producers
         self.at.start()
-        # Each warp asks for every fourth stage.
+        self.at.stage = self.number
+        # Each warp asks for every fourth of these stages.
         self.ask(warp, lane)
         self.load(0, 0)
-        for pair in T.serial((stages * parts + 1) // 2):
+        for pair in T.serial((count * parts + 1) // 2):
             for buffer in T.unroll(2):
                 piece: T.let = pair * 2 + buffer
-                if piece < stages * parts:
+                if piece < count * parts:
                     if piece % parts == 0:
                         if piece // parts % WARPS == warp:
                             self.ask(piece // parts + WARPS, lane)
                     # The next one's loads are on their way while this one is stored.
-                    if piece + 1 < stages * parts:
+                    if piece + 1 < count * parts:
                         self.load(1 - buffer, piece + 1)
                     if piece % parts == 0:
                         self.ring.wait_read(self.at)
                     self.store(buffer, piece)
                     if piece % parts == parts - 1:
                         self.ring.written(self.at, lane)
-                        self.at.advance()
+                        self.at.skip(self.producers)
 
 
 @T.meta_class

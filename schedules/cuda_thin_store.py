@@ -3,7 +3,7 @@
 Of every eight columns of the product a thread holds two neighbours, of two pixels. In NHWC the
 filter's order has made a thread's columns a run of channels: they leave straight from registers, up
 to 16 bytes at a time. In NCHW sums go through shared memory, and neighbouring threads store
-neighbouring pixels of a channel.
+neighbouring pixels of a channel, two each where an image has an even number of them.
 """
 
 # Bodies of inline functions are parsed as TIRx.
@@ -36,13 +36,6 @@ def pixel_of_row(g: Geometry, thread, half):
     lane_row = thread % 32 // 4
     row = lane_row * 2 + half if g.interleaved else lane_row + half * 8
     return thread // 32 * 16 + row
-
-
-def row_of_pixel(g: Geometry, pixel):
-    """The row of the product in which a pixel of the tile is."""
-    if not g.interleaved:
-        return pixel
-    return pixel // 16 * 16 + pixel % 2 * 8 + pixel % 16 // 2
 
 
 @T.meta_class
@@ -118,16 +111,17 @@ class Store:
     def put(self, at, each):
         """`each` values at an element of y."""
         if self.dtype == "float32":
-            for e in T.vectorized(each):
-                self.y[at + e] = self.values[e]
+            values = T.meta_var([self.values[e] for e in range(each)])
+            vector = T.meta_var("" if each == 1 else f".v{each}")
+            T.ptx[f"st.global.L1::no_allocate{vector}.f32"](self.y.ptr_to([at]), *values)
         elif each == 1:
             self.y[at] = T.Cast(self.dtype, self.values[0])
         else:
             for e in T.unroll(each // 2):
                 T.ptx[self.pack](self.words[e], self.values[2 * e + 1], self.values[2 * e])
             words = T.meta_var([self.words[e] for e in range(each // 2)])
-            name = T.meta_var("st.global.b32" if each == 2 else f"st.global.v{each // 2}.b32")
-            T.ptx[name](self.y.ptr_to([at]), *words)
+            vector = T.meta_var("" if each == 2 else f".v{each // 2}")
+            T.ptx[f"st.global.L1::no_allocate{vector}.b32"](self.y.ptr_to([at]), *words)
 
     # --- NCHW
 
@@ -146,36 +140,41 @@ class Store:
             for j in T.unroll(each):
                 for i in T.unroll(4):
                     if part * each + j < eights:
-                        row = T.meta_var(thread // 32 * 16 + i // 2 * 8 + thread % 32 // 4)
+                        pixel = T.meta_var(pixel_of_row(self.geometry, thread, i // 2))
                         column = T.meta_var(j * 8 + thread % 4 * 2 + i % 2)
-                        self.staging[self.place(part, column, row)] = (
+                        self.staging[self.place(part, column, pixel)] = (
                             sums[(part * each + j) * 4 + i])
             # Everybody's sums are there; with two buffers the next ones need not wait.
             self.meet()
             self.leave(tile, first_channel, part, thread)
 
-    def place(self, part, channel, row):
+    def place(self, part, channel, pixel):
         """Of a sum in the part's staging buffer."""
         buffer = self.warpgroup * 2 + part % 2
-        return (buffer * STAGED_CHANNELS + channel) * STAGED_PITCH + row
+        return (buffer * STAGED_CHANNELS + channel) * STAGED_PITCH + pixel
 
     @T.inline
     def leave(self, tile, first_channel, part, thread):
-        """A part's channels, each by one warp: two runs of 32 pixels."""
-        g = T.meta_var(self.geometry)
-        for half in T.unroll(2):
-            within: T.let = half * 32 + thread % 32
+        """A part's channels, each by one warp: its 64 pixels in runs of `vector`."""
+        g, run = T.meta_var(self.geometry), T.meta_var(self.vector)
+        for turn in T.unroll(2 // run):
+            within: T.let = (turn * 32 + thread % 32) * run
             pixel: T.let = tile * WGMMA_M + within
-            image, place = T.meta_var(split(pixel, g.image_pixels))
-            begin: T.let = image * (self.channels * g.image_pixels) + place
+            image, pixel_of_image = T.meta_var(split(pixel, g.image_pixels))
+            begin: T.let = image * (self.channels * g.image_pixels) + pixel_of_image
             for i in T.unroll(EACH):
                 column: T.let = thread // 32 * EACH + i
                 channel: T.let = part * STAGED_CHANNELS + column
                 if T.And(pixel < g.pixels, T.And(channel < g.config.block_n,
                                                  first_channel + channel < self.channels)):
-                    at: T.let = begin + (first_channel + channel) * g.image_pixels
+                    # In vectors, so that the compiler sees the alignment.
+                    at: T.let = (begin + (first_channel + channel) * g.image_pixels) // run
                     if self.epilogue.residual:
-                        self.extra[0] = self.residual[at]
-                    self.y[at] = T.Cast(self.dtype, self.finished(
-                        self.staging[self.place(part, column, row_of_pixel(g, within))],
-                        channel, self.extra))
+                        for e in T.vectorized(run):
+                            self.extra[e] = self.residual[at * run + e]
+                    for e in T.vectorized(run):
+                        self.values[e] = self.staging[self.place(part, column, within) + e]
+                    for e in T.unroll(run):
+                        self.values[e] = self.finished(
+                            self.values[e], channel, _At(self.extra, e))
+                    self.put(at * run, run)

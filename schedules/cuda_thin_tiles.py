@@ -18,8 +18,9 @@ REGISTERS, MOST_REGISTERS = 65536, 248
 PRODUCER_REGISTERS = {104: 80, 80: 64, 0: 56}
 # Loads of a producing thread for one of its two buffers of registers.
 LOADS = 12
-# Lanes of a warp that store what they load: the last one's word is for the lane before it.
-STORING_LANES = 31
+# Bytes that copies come in, and the most that wait on their way to the ring.
+CHUNK, SLOTS_BYTES = 16, 48 * 1024
+LANES = 32
 # Words of a row of A that one wgmma takes, and of a row of B in shared memory.
 STEP_WORDS, ROW_WORDS = WGMMA_K_BYTES // 4, ROW_BYTES // 4
 BANKS = 32
@@ -37,11 +38,12 @@ class Config:
     """Who does how much of what.
 
     block_n: output channels of a block, whose filter stays in shared memory; a multiple of 8.
-    warpgroups: those that multiply, 64 output pixels each at a time; one more brings input rows.
+    warpgroups: those that multiply, 64 output pixels each at a time.
     channels: of a pixel in shared memory: the problem's, or one more, zero, so that pixels of two
     bytes a channel are whole words. rows: of the input in a stage of the ring. stages: of the ring.
     steps: of K for which a warpgroup loads operands ahead of the tensor cores. blocks: that share a
-    multiprocessor.
+    multiprocessor. producers: warpgroups that bring input rows. turns: whether warpgroups begin to
+    multiply one after the other.
     """
 
     block_n: int
@@ -51,10 +53,12 @@ class Config:
     stages: int
     steps: int = 4
     blocks: int = 1
+    producers: int = 1
+    turns: bool = False
 
     @property
     def threads(self) -> int:
-        return WARPGROUP * (self.warpgroups + 1)
+        return WARPGROUP * (self.warpgroups + self.producers)
 
     @property
     def sums(self) -> int:
@@ -72,10 +76,11 @@ class Registers(NamedTuple):
 
 def registers(config: Config) -> Registers:
     """setmaxnreg takes from no other source than what the block was launched with."""
-    warpgroups = config.warpgroups + 1
+    warpgroups = config.warpgroups + config.producers
     launched = min(MOST_REGISTERS, REGISTERS // (config.blocks * config.threads) // 8 * 8)
     producer = next(given for least, given in PRODUCER_REGISTERS.items() if launched >= least)
-    consumer = (launched * warpgroups - producer) // config.warpgroups // 8 * 8
+    left = launched * warpgroups - producer * config.producers
+    consumer = left // config.warpgroups // 8 * 8
     return Registers(launched, producer, min(consumer, MOST_REGISTERS))
 
 
@@ -142,20 +147,21 @@ class Geometry:
         self.mirrored = self.window_rows - 1
         self.ring_bytes = (self.ring_rows + self.mirrored) * self.pitch * 4
 
-        # What a producing thread loads of a row: words where it lies in memory as in the ring but
-        # for a shift, else elements. 31 lanes store a word, made with a part of the next lane's.
+        # Rows that lie together in memory are copied, a stage's by one warp: slots for them, with
+        # a chunk before and one behind. Else threads load elements, so many of a row.
         elements = self.input_columns * self.in_channels
-        self.by_words = (
-            p.itemsize == 2 and p.channels_last and c.channels == p.in_channels
-            and self.classes == 1
-        )  # fmt: skip
-        if self.by_words:
-            words = (elements + self.left * c.channels % 2) // 2 + self.copies
-            self.row_loads = _ceil(words, WARPGROUP // 32 * STORING_LANES)
-        elif p.channels_last:
+        self.copiers = c.producers * (WARPGROUP // 32)
+        self.slot_bytes = CHUNK * (_ceil((elements - 1) * p.itemsize, CHUNK) + 3)
+        # A warp's words of a row are to be at constant distances: whole pixels, if filled up.
+        even = c.channels == p.in_channels or 32 % (c.channels // 2) == 0
+        most = SLOTS_BYTES // (self.copiers * self.slot_bytes)  # rows of a stage
+        self.by_copies = p.channels_last and self.classes == 1 and even and most > 0
+        self.slots_bytes = self.copiers * c.rows * self.slot_bytes if self.by_copies else 0
+        if p.channels_last:
             self.row_loads = max(1, _ceil(elements, WARPGROUP))
         else:
             self.row_loads = self.in_channels * max(1, _ceil(self.input_columns, WARPGROUP))
+        self.most_rows = min(most, LANES) if self.by_copies else max(1, LOADS // self.row_loads)
 
         self.image_pixels = self.rows * self.columns
         self.pixels = self.batch * self.image_pixels
@@ -172,15 +178,21 @@ class Geometry:
 
     @property
     def fewest_stages(self) -> int:
-        """Of a ring that holds a tile's rows, wherever in a stage they begin."""
+        """Of a ring that holds a tile's rows, wherever in a stage they begin.
+
+        Warps that copy are not to be a turn of the ring ahead of each other: a barrier's parity
+        does not tell a turn from the one after the next.
+        """
         return max(2, _ceil(self.tile_rows + self.config.rows - 1, self.config.rows),
-                   _ceil(self.mirrored, self.config.rows))  # fmt: skip
+                   _ceil(self.mirrored, self.config.rows),
+                   self.copiers if self.by_copies else 0)  # fmt: skip
 
     @property
     def vector(self) -> int:
-        """Output channels that a thread stores together: up to 16 bytes, aligned."""
+        """Outputs that a thread stores together: channels in NHWC, up to 16 bytes, aligned; in NCHW
+        two pixels, if that is aligned in every image and channel."""
         if not self.problem.channels_last:
-            return 1
+            return 1 if self.image_pixels % 2 else 2
         vector = 16 // self.problem.itemsize
         while self.out_channels % vector:
             vector //= 2
@@ -195,9 +207,9 @@ class Geometry:
     def shared_bytes(self) -> int:
         """Of a block."""
         c = self.config
-        barriers = 16 * (c.stages + 1) + 256
+        barriers = 16 * (c.stages + 1) + 8 * self.copiers + 256
         staging = c.warpgroups * self.staging_bytes + 4 * c.block_n
-        return self.filter_bytes + self.ring_bytes + staging + barriers
+        return self.filter_bytes + self.ring_bytes + self.slots_bytes + staging + barriers
 
     def parts(self, multiprocessors: int) -> int:
         """Blocks that divide the pixels among them, for each tile of output channels."""

@@ -144,12 +144,14 @@ BAD = {
     ),
     "channels": (dict(channels=2), "channels=2: allowed are 3 and 4"),
     "channels, more": (dict(channels=5), "channels=5: allowed are 3 and 4"),
-    "rows": (dict(rows=25), "rows=25: 25 loads a thread, allowed are 12"),
+    "rows": (dict(rows=33), "rows=33: allowed are 1 to 32"),
     "stages": (dict(stages=3), "stages=3: a tile needs 16"),
     "steps": (
         dict(block_n=256, warpgroups=3),
         "steps=2: 128 sums and 16 operands a thread, there is room for 104",
     ),
+    "producers": (dict(producers=3), "producers=3: allowed are 1 and 2"),
+    "turns": (dict(turns=1), "turns=1: allowed are True and False"),
     "blocks": (dict(blocks=6), "blocks=6: 2304 threads a multiprocessor"),
     "blocks=True": (dict(blocks=True), "blocks=True: allowed are whole numbers from 1"),
     "shared memory": (
@@ -192,6 +194,15 @@ def test_refused_problems(form, fields, target, message):
     assert reason.startswith(start) and reason.endswith(end.rpartition("{}")[2])
 
 
+def test_second_copies_of_rows_are_put_together_by_funnel_shifts():
+    """The code, which the simulator does not make: loops over copies and words are unrolled."""
+    problem = BASE.replace(stride=1, padding=0)
+    chosen = config(problem)
+    assert Geometry(problem, chosen).copies == 2
+    source = lower.cuda_source(lower.lower(SCHEDULE.build(problem, chosen, HOPPER, NONE)), HOPPER)
+    assert "shf.r.wrap.b32" in source
+
+
 @pytest.mark.nvcc
 @pytest.mark.parametrize(
     ("layer", "dtype", "layout"),
@@ -218,14 +229,18 @@ def test_code(layer, dtype, layout, tmp_path):
     # ptxas says where it has to make products wait for each other, and what it ignores.
     assert "wgmma" not in report and "C75" not in report
     ptx = toolchain.compile_ptx(source, HOPPER.arch)
-    wide = ["st.global.v4"] if layout == "NHWC" else ["bar.sync"]
+    by_layout = {
+        "NHWC": ["st.global.L1::no_allocate.v4"],
+        "NCHW": ["bar.sync", "prefetch.global.L2"],
+    }
+    if dtype != "float32" and layout == "NHWC":
+        by_layout[layout].append("shf.r.wrap.b32")
     for instruction in (
         "wgmma.mma_async.sync.aligned.m64n",
         "cp.async.bulk.shared::cluster.global",
         "mbarrier.try_wait",
         "setmaxnreg.dec.sync.aligned",
         "setmaxnreg.inc.sync.aligned",
-        "prefetch.global.L2",
-        *wide,
+        *by_layout[layout],
     ):
         assert instruction in ptx, instruction

@@ -7,8 +7,10 @@ import quick_macros  # noqa: F401
 from tvm.script import tirx as T
 
 from im2win_tvm.problem import ConvProblem
+from im2win_tvm.schedules import cuda_thin_rows
+from im2win_tvm.schedules.cuda_thin_copies import Copier, Slots
 from im2win_tvm.schedules.cuda_thin_filter import channel_of_row, rounded, runs
-from im2win_tvm.schedules.cuda_thin_loads import Elements, Words
+from im2win_tvm.schedules.cuda_thin_loads import Elements
 from im2win_tvm.schedules.cuda_thin_tiles import Config, Geometry, registers
 from im2win_tvm.schedules.cuda_thin_window import Window
 from im2win_tvm.schedules.hopper import Position, Ring
@@ -139,7 +141,7 @@ def geometry(layout="NHWC", dtype="float16", channels=None, **fields):
     return Geometry(problem, Config(8, 1, channels or problem.in_channels, 2, 8))
 
 
-def rows(g, kind, off):
+def rows(g, off):
     """The ring after one warpgroup has brought a row that begins at an element, and padding.
 
     off: the array begins an element after a multiple of 16 bytes.
@@ -168,7 +170,7 @@ def rows(g, kind, off):
             if i * 128 + t < WORDS:
                 ring[i * 128 + t] = T.uint32(0)
         T.cuda.cta_sync()
-        loads = kind(g, ring, bits, t)
+        loads = Elements(g, ring, bits, t)
         begin: T.let = element[0]
         for part in T.serial(loads.parts):
             loads.load(1, 0, part, begin, T.bool(True))
@@ -205,55 +207,137 @@ def expected_row(g, x, begin):
     return place
 
 
-ROWS = {
-    "words": dict(padding=0),
-    "words, second copy": dict(padding=0, stride=1),
-    "words beside padding": dict(padding=1, stride=2),
-    "words beside padding, second copy": dict(padding=((1, 1), (3, 2))),
-    "words of a short row": dict(input_size=(12, 4), stride=2),
-    "words of pixels that are words": dict(in_channels=4, padding=1),
-    "words, many": dict(in_channels=12, input_size=(3, 700), kernel_size=1, stride=3),
-    "words, cut": dict(input_size=(12, 151), stride=7),
-    "elements, filled up": dict(channels=4, padding=1),
-    "elements of classes": dict(channels=4, dilation=(1, 3), padding=2),
-    "elements, NCHW": dict(layout="NCHW", padding=2, stride=2),
-    "elements, NCHW, second copy": dict(layout="NCHW", padding=((1, 1), (2, 3))),
-    "elements, NCHW, many": dict(layout="NCHW", in_channels=12, input_size=(3, 700), kernel_size=1),
-    "elements of four bytes": dict(dtype="float32", padding=((1, 1), (2, 3))),
+ELEMENTS = {
+    "filled up": dict(channels=6, in_channels=5, padding=1),
+    "classes": dict(channels=4, dilation=(1, 3), padding=2),
+    "NCHW": dict(layout="NCHW", padding=2, stride=2),
+    "NCHW, second copy": dict(layout="NCHW", padding=((1, 1), (2, 3))),
+    "NCHW, many": dict(layout="NCHW", in_channels=12, input_size=(3, 700), kernel_size=1),
+    "wide rows": dict(dtype="float32", in_channels=12, input_size=(3, 700), kernel_size=1),
 }
+# What the tensor and a misalignment of it bring out is the same for all elements.
+OFF = pytest.mark.parametrize("off", [pytest.param(False, marks=pytest.mark.slow), True])
 
 
-@pytest.mark.parametrize("off", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("name", ROWS)
-def test_rows_of_the_ring(name, off):
-    """Wherever they begin, the tensor's first and last one too; nothing is read beyond it."""
-    g = geometry(**ROWS[name])
-    assert g.by_words == name.startswith("words")
+def some_bits(g):
+    """Elements of x as bits, all of them different from zero, and exact in tf32."""
     x = RNG.integers(1, 2**15, int(np.prod(g.problem.input_shape)))
-    x = x.astype("uint16") if g.problem.itemsize == 2 else (x << 13).astype("uint32")
+    return x.astype("uint16") if g.problem.itemsize == 2 else (x << 13).astype("uint32")
+
+
+@OFF
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_rows_of_the_ring_by_elements(name, off):
+    """Wherever they begin, the tensor's first and last one too; nothing is read beyond it."""
+    g = geometry(**ELEMENTS[name])
+    assert not g.by_copies
+    x = some_bits(g)
     line = g.width * (g.in_channels if g.problem.channels_last else 1)
     last = (g.batch - 1) * g.height * line * (1 if g.problem.channels_last else g.in_channels)
-    kernel = rows(g, Words if g.by_words else Elements, off)
+    kernel = rows(g, off)
     for begin in (0, line, last + (g.height - 1) * line):
         ring = np.full(g.ring_bytes // 4, 7, "uint32")
         element = np.array([begin], "int32")
         run(kernel, {"x": x.view(g.problem.dtype), "element": element, "y": ring})
         ring = ring.view(x.dtype).reshape(-1, g.pitch * g.per_word)
-        expected = expected_row(g, x, begin)
         where = [1, 1 + g.ring_rows] if g.mirrored > 1 else [1]
-        if not g.problem.padding[1] or g.by_words:
-            # What lies beyond the row is read by no window, or masked by it.
-            used = (g.left + g.input_columns) * g.config.channels
-            for copy in range(g.copies):
-                start = copy * g.copy_words * 2 + copy
-                for row in where:
-                    np.testing.assert_array_equal(
-                        ring[row][start:][:used], expected[start:][:used], f"{begin}"
-                    )
-        else:
-            for row in where:
-                np.testing.assert_array_equal(ring[row], expected, f"{begin}")
+        for row in where:
+            np.testing.assert_array_equal(ring[row], expected_row(g, x, begin), f"{begin}")
         assert not ring[[r for r in range(len(ring)) if r not in where]].any()
+
+
+def copied(g, off):
+    """The ring after the warps of a warpgroup have filled it once, from a row on."""
+    BITS = "uint16" if g.problem.itemsize == 2 else "uint32"
+    COUNT, WORDS = int(np.prod(g.problem.input_shape)), g.ring_bytes // 4
+    ALIGNED = g.problem.itemsize if off else 16
+
+    # fmt: off
+    @T.prim_func
+    def kernel(
+        x_ptr: T.handle, first: T.Buffer((1,), "int32"), y: T.Buffer((WORDS,), "uint32")
+    ):
+        x = T.match_buffer(x_ptr, (COUNT,), g.problem.dtype, align=ALIGNED)
+        T.device_entry()
+        T.cta_id([1])
+        t = T.thread_id([128])
+        bits = T.decl_buffer((COUNT,), BITS, data=x.data)
+        pool = T.SMEMPool()
+        ring = cuda_thin_rows.Ring(pool, g, 1, 1)
+        slots = Slots(pool, g)
+        ring.place_barriers(pool)
+        slots.place_barriers(pool)
+        pool.commit()
+        if t == 0:
+            ring.init()
+            slots.init()
+        ring.clear(t, 128)
+        slots.clear(t, 128)
+        T.ptx.fence.proxy.async_.shared__cta()
+        T.cuda.cta_sync()
+        copier = Copier(g, ring, slots, bits, t // 32, t % 32, first[0])
+        copier.run_all(g.config.stages)
+        T.cuda.cta_sync()
+        for i in T.serial((WORDS + 127) // 128):
+            if i * 128 + t < WORDS:
+                y[i * 128 + t] = ring.data[i * 128 + t]
+    # fmt: on
+
+    return kernel
+
+
+COPIES = {
+    "whole words": dict(padding=0, stride=2, input_size=(12, 148)),
+    "halves of words": dict(padding=0, stride=2, input_size=(12, 151)),
+    "second copy": dict(padding=0, stride=1),
+    "beside padding": dict(padding=1, stride=2),
+    "beside padding, second copy": dict(padding=((1, 1), (3, 2)), input_size=(12, 149)),
+    "short rows": dict(input_size=(12, 4), stride=2),
+    "rows shorter than a chunk": dict(input_size=(12, 1), padding=1, in_channels=1),
+    "pixels that are words": dict(in_channels=4, padding=1),
+    "many words": dict(in_channels=12, input_size=(12, 100), stride=3),
+    "cut": dict(input_size=(12, 151), stride=(2, 7)),
+    "rows that no window reads": dict(input_size=(31, 40), stride=4),
+    "filled up": dict(channels=4, padding=1),
+    "filled up, one channel": dict(channels=2, in_channels=1, padding=((1, 1), (2, 3))),
+    "four bytes": dict(dtype="float32", padding=((1, 1), (2, 3))),
+}
+
+
+@OFF
+@pytest.mark.parametrize("name", COPIES)
+def test_rows_of_the_ring_by_copies(name, off):
+    """The tensor's first rows and its last ones, with padding; nothing is read beyond it."""
+    g = geometry(**COPIES[name])
+    assert g.by_copies
+    x = some_bits(g)
+    line = g.width * g.in_channels
+    beside = g.left > 0 or g.left + g.input_columns < g.read_columns
+    kernel = copied(g, off)
+    for first in (0, g.batch * g.image_rows - g.ring_rows):
+        ring = np.full(g.ring_bytes // 4, 7, "uint32")
+        first_row = np.array([first], "int32")
+        run(kernel, {"x": x.view(g.problem.dtype), "first": first_row, "y": ring})
+        ring = ring.view(x.dtype).reshape(-1, g.pitch * g.per_word)
+        for row in range(g.ring_rows):
+            image, within = divmod(first + row, g.image_rows)
+            if g.stride_h > g.next_row:
+                window, within = divmod(within, g.window_rows)
+                within += window * g.stride_h
+            at = within - g.top
+            if 0 <= at < g.height:
+                expected = expected_row(g, x, (image * g.height + at) * line)
+            else:
+                expected = np.zeros(g.pitch * g.per_word, x.dtype)
+            for found in [ring[row], *([ring[row + g.ring_rows]] if row < g.mirrored else [])]:
+                # Where nothing is beside a row, what lies there is read by no window, or masked.
+                used = (g.left + g.input_columns) * g.config.channels
+                for copy in range(g.copies):
+                    start = copy * (g.copy_words * 2 + 1)
+                    end = start + (g.class_words * g.per_word - copy if beside else used)
+                    np.testing.assert_array_equal(
+                        found[start:end], expected[start:end], f"row {row} from {first}"
+                    )
 
 
 def words(g):

@@ -214,7 +214,7 @@ LIFE = {
     "unwaited": r"the kernel ends, nobody waited for mbarrier bar\[0\]: copy by block 0 thread 0",
     "again": r"copy into a word that block 0 thread 1 read, no barrier between",
     "unaligned": "tile: 16 bytes not aligned to them: by block 0 thread 0 at byte 4",
-    "size": r"a bulk copy of \[252\] bytes",
+    "size": r"a bulk copy of 252 bytes",
 }
 
 

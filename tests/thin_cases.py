@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from im2win_tvm.epilogue import Epilogue
 from im2win_tvm.problem import ConvProblem, ProblemError
 from im2win_tvm.schedules import SCHEDULES
-from im2win_tvm.schedules.cuda_thin_tiles import LOADS, Config, Geometry
+from im2win_tvm.schedules.cuda_thin_tiles import Config, Geometry
 from im2win_tvm.target import CudaTarget
 
 
@@ -31,8 +31,8 @@ def config(problem: ConvProblem, more: int = 1, **fields) -> Config:
     whole = -(-problem.out_channels // 8) * 8
     chosen = dict(block_n=whole, warpgroups=2, channels=problem.in_channels, rows=1, steps=2)
     chosen |= fields
-    loads = Geometry(problem, Config(stages=2, **chosen)).row_loads
-    chosen["rows"] = max(1, min(chosen["rows"], LOADS // loads))
+    most = Geometry(problem, Config(stages=2, **chosen)).most_rows
+    chosen["rows"] = min(chosen["rows"], most)
     g = Geometry(problem, Config(stages=2, **chosen))
     return Config(stages=g.fewest_stages + more, **chosen)
 
@@ -75,6 +75,15 @@ CASES = {
     "two blocks": (P(batch=3), dict(blocks=2)),
     "four blocks": (P(batch=5), dict(warpgroups=1, blocks=4, steps=1)),
     "many stages": (P(batch=3), dict(more=9)),
+    "two producers": (P(batch=3, stride=1, input_size=(9, 30)), dict(producers=2, rows=2)),
+    "two producers of elements": (P(batch=3, dilation=2), dict(producers=2, rows=2)),
+    "in turns": (P(batch=3), dict(warpgroups=3, turns=True)),
+    "one by one": (P(batch=3, padding=0), dict(warpgroups=1, turns=True, steps=1)),
+    "more copiers than a tile has rows": (
+        P(kernel_size=1, padding=0, stride=1, input_size=(9, 70), batch=3),
+        dict(more=0, producers=2),
+    ),
+    "odd images": (P(input_size=(21, 21)), dict()),
 }
 
 
@@ -139,9 +148,11 @@ def _config(chance: random.Random, problem: ConvProblem) -> Config:
         channels=channels,
         steps=chance.randint(1, 4),
         blocks=chance.choice([1, 1, 2, 3]),
+        producers=chance.choice([1, 1, 2]),
+        turns=chance.choice([False, True]),
     )
-    loads = Geometry(problem, Config(rows=1, stages=2, **fields)).row_loads
-    rows = chance.randint(1, max(1, min(8, LOADS // loads)))
+    most = Geometry(problem, Config(rows=1, stages=2, **fields)).most_rows
+    rows = chance.randint(1, min(8, most))
     return config(problem, chance.randint(0, 4), rows=rows, **fields)
 
 

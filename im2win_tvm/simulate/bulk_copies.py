@@ -71,11 +71,14 @@ def _(program, it):
     _unless(not it.modifiers.get("ignore_oob"), it)
 
     def code(mask):
+        sizes = np.broadcast_to(size(mask), (machine.size,))
+        for nbytes in np.unique(sizes[mask.lanes]):
+            copy(mask.where(sizes == nbytes), int(nbytes))
+
+    def copy(mask, nbytes):
         lanes = mask.lanes
-        sizes = np.broadcast_to(mask.of(size(mask)), lanes.shape)
-        nbytes = int(sizes[0])
-        if nbytes % CHUNK or nbytes <= 0 or (sizes != nbytes).any():
-            site.fail(machine, f"a bulk copy of {sizes.tolist()} bytes", int(lanes[0]))
+        if nbytes % CHUNK or nbytes <= 0:
+            site.fail(machine, f"a bulk copy of {nbytes} bytes", int(lanes[0]))
         address = mask.of(source.value(mask))
         region, start = program.space.locate(
             source, address, nbytes, "global", lanes, site, aligned=CHUNK

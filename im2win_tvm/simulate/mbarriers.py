@@ -211,9 +211,10 @@ class Barriers:
         def what() -> str:
             return " and ".join(f"parity {p} of {b.state()}" for b, p in waited)
 
-        wait = Wait(0, what, site, int(lanes[0]))
+        wait, different = Wait(0, what, site, int(lanes[0])), 0
         for barrier, part in self.by_place(at, lanes, site):
             for parity in np.unique(parities[part]).tolist():
+                different += 1
                 threads = machine.number[lanes[part[parities[part] == parity]]]
                 if parity not in (0, 1):
                     site.fail(machine, f"parity {parity}: there are 0 and 1", wait.lane)
@@ -223,7 +224,7 @@ class Barriers:
                     barrier.waiting.append((parity, threads, wait))
                     waited.append((barrier, parity))
                     wait.missing += 1
-        machine.wait(wait, mask, len(waited) > 1)
+        machine.wait(wait, mask, different > 1)
 
     def invalidate(self, at: np.ndarray, lanes: np.ndarray, site: Site) -> None:
         """`mbarrier.inval`."""

@@ -381,3 +381,18 @@ def _(program, it):
     store = program.target(it.one("d"))
     _unless(dtype_of(source) == dtype_of(it.one("d")), it)
     return lambda mask: store(value(mask), mask)
+
+
+@ptx("shf")
+def _(program, it):
+    """Two registers as one of 64 bits, `b` the upper half, shifted by the lowest 5 bits of `c`."""
+    _unless(it.modifiers["dir"] == "r" and it.modifiers["mode"] == "wrap", it)
+    store, dtype = program.target(it.one("d")), dtype_of(it.one("d"))
+    low, high, by = (program.compile(it.one(name)) for name in "abc")
+
+    def code(mask):
+        both = np.asarray(high(mask), np.uint64) << np.uint64(32) | np.asarray(low(mask), np.uint64)
+        value = both >> (np.asarray(by(mask), np.uint64) & np.uint64(31))
+        store(np.broadcast_to(value, (program.machine.size,)).astype(np.uint32).astype(dtype), mask)
+
+    return code
