@@ -11,6 +11,7 @@ from .cuda_simt_async import EXPLICIT as CUDA_SIMT_ASYNC_EXPLICIT
 from .cuda_simt_async import IMPLICIT as CUDA_SIMT_ASYNC
 from .cuda_thin import SCHEDULE as CUDA_THIN
 from .cuda_thin import TF32 as CUDA_THIN_TF32
+from .cuda_thin_fp32 import SCHEDULE as CUDA_THIN_FP32
 from .cuda_window import SCHEDULE as CUDA_WINDOW
 from .cuda_window import TF32 as CUDA_WINDOW_TF32
 from .cuda_window_fp32 import SCHEDULE as CUDA_WINDOW_FP32
@@ -23,6 +24,7 @@ SCHEDULES: dict[str, Schedule] = {
         CPU_BLOCKED,
         CUDA_THIN,
         CUDA_THIN_TF32,
+        CUDA_THIN_FP32,
         CUDA_WINDOW,
         CUDA_WINDOW_TF32,
         CUDA_DEPTHWISE_MMA,

@@ -15,6 +15,8 @@ take apart; ordinary threads can.
 float16, bfloat16 or tf32 in, the input's type out, float32 sums.
 """
 
+from collections.abc import Iterator
+
 from tvm.ir import IRModule
 
 from ..problem import ConvProblem
@@ -47,6 +49,7 @@ class CudaThin(Schedule):
     kind = "cuda"
     clock = CLOCK
     dtypes = ("float16", "bfloat16")
+    wider = "cuda_window"  # that takes more channels
 
     def supports(self, problem, target):
         reason = super().supports(problem, target)
@@ -59,9 +62,9 @@ class CudaThin(Schedule):
         if reason is None and problem.in_channels > MOST_CHANNELS:
             reason = (
                 f"in_channels={problem.in_channels}: {self.name} takes up to {MOST_CHANNELS} "
-                "(cuda_window takes any)"
+                f"({self.wider} takes any)"
             )
-        return reason or self.check(smallest(problem), problem, target)
+        return reason or self.check(self.smallest(problem), problem, target)
 
     def check(self, config: Config, problem: ConvProblem, target: CudaTarget) -> str | None:
         c = config
@@ -84,14 +87,10 @@ class CudaThin(Schedule):
             return f"turns={c.turns!r}: allowed are True and False"
         if c.blocks * c.threads > target.threads_per_multiprocessor:
             return f"blocks={c.blocks}: {c.blocks * c.threads} threads a multiprocessor"
-        given = registers(c)
-        room = min(given.consumer - OTHER_REGISTERS, given.launched - WGMMA_REGISTERS)
-        if c.sums + 8 * c.steps > room:
-            return (
-                f"steps={c.steps}: {c.sums} sums and {8 * c.steps} operands a thread, "
-                f"there is room for {room}"
-            )
-        g = Geometry(problem, c)
+        g = self.geometry(problem, c)
+        reason = self.reason_of_registers(g)
+        if reason is not None:
+            return reason
         if c.rows > g.most_rows:
             return f"rows={c.rows}: allowed are 1 to {g.most_rows}"
         if c.stages < g.fewest_stages:
@@ -106,16 +105,39 @@ class CudaThin(Schedule):
             return f"batch={problem.batch}: 2**31 input rows or more"
         return None
 
+    def geometry(self, problem: ConvProblem, config: Config) -> Geometry:
+        return Geometry(problem, config)
+
+    def reason_of_registers(self, g: Geometry) -> str | None:
+        """Why a thread has not enough of them, or None."""
+        c, given = g.config, registers(g.config)
+        room = min(given.consumer - OTHER_REGISTERS, given.launched - WGMMA_REGISTERS)
+        if c.sums + 8 * c.steps > room:
+            return (
+                f"steps={c.steps}: {c.sums} sums and {8 * c.steps} operands a thread, "
+                f"there is room for {room}"
+            )
+        return None
+
+    def candidates(self, problem: ConvProblem) -> Iterator[Config]:
+        return candidates(problem)
+
     def configs(self, problem: ConvProblem, target: CudaTarget):
-        for config in candidates(problem):
+        for config in self.candidates(problem):
             if self.check(config, problem, target) is None:
                 yield config
 
     def default(self, problem: ConvProblem, target: CudaTarget) -> Config:
-        costs = {c: self.estimate(problem, c, target) for c in candidates(problem)}
+        costs = {c: self.estimate(problem, c, target) for c in self.candidates(problem)}
         ranked = sorted(costs, key=costs.__getitem__)
         found = (c for c in ranked if self.check(c, problem, target) is None)
-        return next(found, smallest(problem))
+        return next(found, self.smallest(problem))
+
+    def smallest(self, problem: ConvProblem) -> Config:
+        """What takes the least shared memory."""
+        config = Config(8, 1, problem.in_channels, 1, 2)
+        g = self.geometry(problem, config)
+        return Config(8, 1, problem.in_channels, 1, g.fewest_stages)
 
     def estimate(self, problem: ConvProblem, config: Config, target: CudaTarget) -> float:
         return cycles(Geometry(problem, config), target)
@@ -128,13 +150,6 @@ class CudaThin(Schedule):
                 CONV: convolve(problem, config, epilogue, parts),
             }
         )
-
-
-def smallest(problem: ConvProblem) -> Config:
-    """What takes the least shared memory."""
-    config = Config(8, 1, problem.in_channels, 1, 2)
-    g = Geometry(problem, config)
-    return Config(8, 1, problem.in_channels, 1, g.fewest_stages)
 
 
 class CudaThinTf32(CudaThin):

@@ -13,10 +13,11 @@ from . import cuda_thin_rows as rows
 from .base import ALIGNMENT
 from .cuda_thin_copies import Copier, Slots
 from .cuda_thin_filter import packed_filter
+from .cuda_thin_loads import Elements
 from .cuda_thin_store import Store, pixel_of_row
-from .cuda_thin_tiles import STEP_WORDS, Config, Geometry, registers, split
+from .cuda_thin_tiles import STEP_WORDS, Config, Geometry, registers
 from .cuda_thin_turns import InTurn
-from .cuda_thin_window import Window
+from .cuda_thin_window import Window, first_word, ring_row, ring_slot
 from .hopper import ATOM_ROWS, ROW_BYTES, WARPGROUP, WGMMA_K_BYTES, WGMMA_M, Position, settle
 from .hopper import Ring as CopyRing
 
@@ -48,21 +49,6 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
     GROUPS = -(-STEPS // EACH)  # of steps, whose operands are loaded together
     PASS = (GROUPS - 1) // 2  # the group after which another warpgroup may begin
     CHUNK_STEPS = ROW_BYTES // WGMMA_K_BYTES
-
-    def ring_row(pixel):
-        """The first row of a pixel's window."""
-        image, within = split(pixel, g.image_pixels)
-        return image * g.image_rows + split(within, g.columns)[0] * g.next_row
-
-    def first_word(pixel, first_row):
-        """Of a pixel's window in the ring."""
-        slot = split(ring_row(pixel) - first_row, g.ring_rows)[1]
-        column, of_class = split(split(pixel, g.columns)[1] * g.stride_w, g.classes)
-        at = column * c.channels
-        odd = at % 2 if g.copies == 2 else 0
-        words = g.class_words + g.copies - 1
-        return (slot * g.pitch + odd * g.copy_words + of_class * words
-                + T.shift_right(at + odd, g.per_word - 1))
 
     # fmt: off
     @T.prim_func
@@ -105,8 +91,8 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
         first_channel: T.let = n_tile * BLOCK_N
         first_tile: T.let = part * (TILES // PARTS) + T.min(part, TILES % PARTS)
         end_tile: T.let = first_tile + TILES // PARTS + T.if_then_else(part < TILES % PARTS, 1, 0)
-        first_row: T.let = ring_row(first_tile * WGMMA_M)
-        last_row: T.let = ring_row(T.min(end_tile * WGMMA_M, g.pixels) - 1) + g.window_rows - 1
+        first_row: T.let = ring_row(g, first_tile * WGMMA_M)
+        last_row: T.let = ring_row(g, T.min(end_tile * WGMMA_M, g.pixels) - 1) + g.window_rows - 1
         stages: T.let = (last_row - first_row) // c.rows + 1
         if thread == 0:
             weights.init()
@@ -143,8 +129,9 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
                 copier = Copier(g, ring, slots, x_bits, warp, thread % 32, first_row)
                 copier.run_all(stages)
             else:
+                loads = Elements(g, ring.data, x_bits, local)
                 producer = rows.Producer(
-                    g, ring, x_bits, local, first_row, warpgroup - CONSUMERS)
+                    g, ring, x_bits, local, first_row, loads, warpgroup - CONSUMERS)
                 producer.run_all(stages, thread % 32)
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](REGISTERS.consumer)
@@ -193,7 +180,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
                 # Stages above the tile's rows, after the last tile all.
                 reader.give_back(T.if_then_else(
                     tile < end_tile,
-                    (ring_row(T.min(tile * WGMMA_M, g.pixels - 1)) - first_row) // c.rows,
+                    (ring_row(g, T.min(tile * WGMMA_M, g.pixels - 1)) - first_row) // c.rows,
                     stages))
 
             give_back()
@@ -201,11 +188,11 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
                 # 4. The tile's rows, and in them the windows of this thread's two pixels. Pixels
                 #    beyond the last repeat it.
                 last: T.let = T.min(tile * WGMMA_M + WGMMA_M, g.pixels) - 1
-                reader.wait((ring_row(last) + g.window_rows - 1 - first_row) // c.rows + 1)
-                low: T.let = first_word(
-                    T.min(tile * WGMMA_M + pixel_of_row(g, local, 0), last), first_row)
-                high: T.let = first_word(
-                    T.min(tile * WGMMA_M + pixel_of_row(g, local, 1), last), first_row)
+                reader.wait((ring_row(g, last) + g.window_rows - 1 - first_row) // c.rows + 1)
+                low_pixel = T.meta_var(T.min(tile * WGMMA_M + pixel_of_row(g, local, 0), last))
+                high_pixel = T.meta_var(T.min(tile * WGMMA_M + pixel_of_row(g, local, 1), last))
+                low: T.let = first_word(g, low_pixel, ring_slot(g, low_pixel, first_row))
+                high: T.let = first_word(g, high_pixel, ring_slot(g, high_pixel, first_row))
                 # 5. Products.
                 if c.turns:
                     if tile > first_tile:

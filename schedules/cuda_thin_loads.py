@@ -72,7 +72,7 @@ class Elements:
         for j in T.unroll(self.count):
             _offset, place, exists = T.meta_var(self.element(part * LOADS + j))
             held_at = T.meta_var(buffer * self.each + i * self.count + j)
-            if g.problem.dtype == "float32":
+            if g.rounded:
                 self.held[held_at] = rounded(self.held[held_at])
             value = T.meta_var(self.held[held_at])
             self.put(exists, slot, start + place, value)

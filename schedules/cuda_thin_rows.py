@@ -11,7 +11,6 @@ their windows need it.
 
 from tvm.script import tirx as T
 
-from .cuda_thin_loads import Elements
 from .cuda_thin_tiles import Geometry, split
 from .hopper import WARPGROUP, Position
 
@@ -89,15 +88,17 @@ class Ring:
 
 @T.meta_class
 class Producer:
-    """A warpgroup that fills the ring from row `first` on: stages by turns, its first `number`."""
+    """A warpgroup that fills the ring from row `first` on: stages by turns, its first `number`.
 
-    def __init__(self, geometry: Geometry, ring: Ring, x, thread, first, number=0):
+    loads: what brings a row.
+    """
+
+    def __init__(self, geometry: Geometry, ring: Ring, x, thread, first, loads, number=0):
         g = self.geometry = geometry
-        self.ring, self.x, self.thread = ring, x, thread
+        self.ring, self.x, self.thread, self.loads = ring, x, thread, loads
         self.first = first + number * g.config.rows
         self.number, self.producers = number, g.config.producers
         self.step = self.producers * g.config.rows  # rows from stage to stage
-        self.loads = Elements(g, ring.data, x, thread)
         # Elements of a row that lie together in memory, and how many such runs it has.
         self.runs = 1 if g.problem.channels_last else g.in_channels
         self.run = g.input_columns * (g.in_channels if self.runs == 1 else 1)

@@ -91,6 +91,8 @@ class Geometry:
     padding included, one image after the other. Output pixels are numbered through all images too.
     """
 
+    copies_rows = True  # where rows lie together in memory
+
     def __init__(self, problem: ConvProblem, config: Config):
         p, c = problem, config
         self.problem, self.config = p, c
@@ -107,6 +109,7 @@ class Geometry:
         )
         (self.top, _), (self.left, _) = p.padding
         self.per_word = 4 // p.itemsize  # elements
+        self.rounded = p.dtype == "float32"  # to tf32, on the way to shared memory
 
         # Input rows: of a window, from output row to output row, of an image.
         self.window_rows = (self.taps_h - 1) * self.step_h + 1
@@ -155,7 +158,9 @@ class Geometry:
         # A warp's words of a row are to be at constant distances: whole pixels, if filled up.
         even = c.channels == p.in_channels or 32 % (c.channels // 2) == 0
         most = SLOTS_BYTES // (self.copiers * self.slot_bytes)  # rows of a stage
-        self.by_copies = p.channels_last and self.classes == 1 and even and most > 0
+        self.by_copies = (
+            self.copies_rows and p.channels_last and self.classes == 1 and even and most > 0
+        )
         self.slots_bytes = self.copiers * c.rows * self.slot_bytes if self.by_copies else 0
         if p.channels_last:
             self.row_loads = max(1, _ceil(elements, WARPGROUP))

@@ -11,7 +11,32 @@ they mean for a thread is in a few registers.
 
 from tvm.script import tirx as T
 
-from .cuda_thin_tiles import Geometry
+from .cuda_thin_tiles import Geometry, split
+
+
+def ring_row(g: Geometry, pixel):
+    """The first row of a pixel's window, counted from the first of all."""
+    image, within = split(pixel, g.image_pixels)
+    return image * g.image_rows + split(within, g.columns)[0] * g.next_row
+
+
+def ring_slot(g: Geometry, pixel, first_row):
+    """The place in the ring of the first row of a pixel's window; `first_row` has place 0."""
+    return split(ring_row(g, pixel) - first_row, g.ring_rows)[1]
+
+
+def first_word(g: Geometry, pixel, slot):
+    """Of a pixel's window in the ring, whose first row is at `slot`."""
+    column, of_class = split(split(pixel, g.columns)[1] * g.stride_w, g.classes)
+    at = column * g.config.channels
+    odd = at % 2 if g.copies == 2 else 0
+    words = g.class_words + g.copies - 1
+    return (
+        slot * g.pitch
+        + odd * g.copy_words
+        + of_class * words
+        + T.shift_right(at + odd, g.per_word - 1)
+    )
 
 
 @T.meta_class

@@ -85,3 +85,49 @@ def as_the_kernel(a: np.ndarray, b: np.ndarray, by_patch: bool = False) -> np.nd
         scale = (sa * sb.T).astype(np.float32).astype(np.float64)  # no float32 below 2^-149
         total = (total.astype(np.float64) + part * scale).astype(np.float32)
     return total
+
+
+def thin_halves(x: np.ndarray, count: int, axis) -> tuple[list[np.ndarray], np.ndarray]:
+    """As `cuda_thin_fp32` splits blocks along an axis: halves, the first one first, and scale."""
+    rounded, low, scale = halves(x, axis)
+    if count == 2:
+        return [rounded, low], scale
+    value = x / scale
+    first = (value.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
+    first = first.astype(np.float16).astype(np.float64)
+    second = (value - first).astype(np.float16).astype(np.float64)
+    return [first, second, (value - first - second).astype(np.float16).astype(np.float64)], scale
+
+
+def as_the_thin_kernel(a: np.ndarray, b: np.ndarray, steps: int = 1) -> np.ndarray:
+    """a b^T as `cuda_thin_fp32`: all of a has one scale, K in its order.
+
+    Of two halves so many steps of 16 as K allows are added up before they are promoted; of three
+    the products of the first ones have sums of their own.
+    """
+    k = a.shape[1]
+    count, period = (2, max(1, (3 if k >= 320 else 2 if k >= 128 else 1) // steps))
+    if k < 96:
+        count, period = 3, k
+    left, scale_a = thin_halves(a, count, None)
+    right, scale_b = thin_halves(b, count, 1)
+    whole = -(-k // 16) * 16
+    left, right = ([np.pad(h, ((0, 0), (0, whole - k))) for h in side] for side in (left, right))
+    groups = [range(i, min(i + 16 * steps, whole), 16) for i in range(0, whole, 16 * steps)]
+    total = np.zeros((len(a), len(b)))
+    for first in range(0, len(groups), period):
+        part = np.zeros(total.shape)
+        for group in groups[first : first + period]:
+            for i, j in ((1, 0), (0, 1), (0, 0)) if count == 2 else _SIX[:-1]:
+                for at in group:
+                    part = add_truncating(part, left[i][:, at : at + 16], right[j][:, at : at + 16])
+            if count == 3:
+                for at in group:
+                    total = add_truncating(
+                        total, left[0][:, at : at + 16], right[0][:, at : at + 16]
+                    )
+        total = (total + part).astype(np.float32).astype(np.float64)
+    return (total * (scale_a * scale_b.T).astype(np.float32)).astype(np.float32)
+
+
+_SIX = ((2, 0), (0, 2), (1, 1), (1, 0), (0, 1), (0, 0))

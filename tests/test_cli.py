@@ -175,6 +175,7 @@ def test_inspect_cuda(im2win, nvcc):
         "cuda_window_fp32": "arch=sm_90: cuda_window_fp32 takes sm_90a",
         "cuda_thin": "dtype=float32: cuda_thin takes float16 and bfloat16",
         "cuda_thin_tf32": "arch=sm_90: cuda_thin_tf32 takes sm_90a",
+        "cuda_thin_fp32": "arch=sm_90: cuda_thin_fp32 takes sm_90a",
         "cuda_window": "dtype=float32: cuda_window takes float16 and bfloat16",
         "cuda_window_tf32": "arch=sm_90: cuda_window_tf32 takes sm_90a",
     }

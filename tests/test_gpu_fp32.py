@@ -17,6 +17,7 @@ from on_gpu import (
 )
 from problems import edge_problems, odd_problems
 from test_cuda_window_fp32 import TRIED
+from thin_cases import fp32_config
 from window_cases import EPILOGUES, FEW
 
 from im2win_tvm import reference, suites, tensors
@@ -82,6 +83,15 @@ BUSY = {
 ERRORS = [
     asked(ConvProblem(3, 72, (12, 18), 24, 3, 1, 1, layout="NHWC"), NONE, config)
     for config in (Config(1, 4, 8, along_p=2), Config(1, 4, 8, block="pixel"))
+]
+# Of few channels: three halves and two, and one to three steps of K before a promotion.
+ERRORS += [
+    Asked("cuda_thin_fp32", problem, NONE, fp32_config(problem, steps=steps), None)
+    for kernel_size in (3, 6, 7, 11)
+    for problem in (
+        ConvProblem(3, 3, (24, 30), 24, kernel_size, 1 + kernel_size // 4, 1, layout="NHWC"),
+    )
+    for steps in (1, 2)
 ]
 
 

@@ -20,7 +20,21 @@ from on_gpu import (
     torch,
 )
 from problems import edge_problems, odd_problems
-from thin_cases import BASE, CASES, FEW, FORMS, FULL, case, cases, config, drawn
+from thin_cases import (
+    BASE,
+    CASES,
+    EPILOGUES,
+    FEW,
+    FORMS,
+    FULL,
+    case,
+    cases,
+    config,
+    drawn,
+    drawn_fp32,
+    fp32_case,
+    fp32_config,
+)
 
 from im2win_tvm import reference, suites, tensors
 from im2win_tvm.epilogue import NONE
@@ -35,6 +49,11 @@ def asked(problem, epilogue=NONE, chosen=None, target=None):
     return Asked(FORMS[problem.dtype], problem, epilogue, chosen, target)
 
 
+def asked_fp32(problem, epilogue=NONE, chosen=None, target=None):
+    """In the class fp32."""
+    return Asked("cuda_thin_fp32", problem, epilogue, chosen, target)
+
+
 def taken(problems):
     """In all dtypes by turns, of few channels; those that the schedule takes."""
     for turn, problem in enumerate(problems):
@@ -42,6 +61,9 @@ def taken(problems):
         problem = problem.replace(groups=1, in_channels=channels, dtype=dtype)
         if SCHEDULES[FORMS[dtype]].supports(problem, FEW) is None:
             yield asked(problem, FULL if turn % 2 else NONE)
+        problem = problem.replace(dtype="float32")
+        if SCHEDULES["cuda_thin_fp32"].supports(problem, FEW) is None:
+            yield asked_fp32(problem, NONE if turn % 2 else FULL)
 
 
 PROBLEMS = list(taken([*(p for _, p in edge_problems()), *odd_problems(7, 100)]))
@@ -55,6 +77,14 @@ CONFIGS = [
         for problem, chosen in (case(*each, dtype, layout) for each in CASES.values())
     ),
     *(asked(problem, FULL, chosen, FEW) for problem, chosen in drawn(9, 90)),
+    *(
+        asked_fp32(problem, EPILOGUES[turn % 8], chosen, FEW)
+        for layout in ("NHWC", "NCHW")
+        for turn, name in enumerate(CASES)
+        for problem, chosen in (fp32_case(name, layout),)
+        if SCHEDULES["cuda_thin_fp32"].check(chosen, problem, FEW) is None
+    ),
+    *(asked_fp32(problem, FULL, chosen, FEW) for problem, chosen in drawn_fp32(9, 60)),
 ]
 FIRST = [
     (suite, layer)
@@ -72,6 +102,12 @@ LAYERS = [
     for dtype in FORMS
     for suite, layer in FIRST
 ]
+LAYERS += [
+    asked_fp32(suites.layer(suite, layer, batch, "float32", layout))
+    for batch in (128, 1)
+    for layout in ("NHWC", "NCHW")
+    for suite, layer in FIRST
+]
 BUSY = {
     f"{layer}, {dtype}, {layout}": asked(suites.layer("paper", layer, 32, dtype, layout))
     for layer, dtype, layout in (
@@ -80,12 +116,20 @@ BUSY = {
         ("conv3", "float16", "NCHW"),
         ("conv3", "float32", "NHWC"),
     )
+} | {
+    f"{layer}, fp32, NHWC": asked_fp32(suites.layer("paper", layer, 32, "float32", "NHWC"))
+    for layer in ("conv1", "conv3", "conv7")
 }
 SMALL = [
     asked(BASE, FULL, config(BASE)),
     asked(BASE.replace(layout="NCHW"), FULL, config(BASE.replace(layout="NCHW"))),
     asked(BASE.replace(dtype="float32"), FULL, config(BASE.replace(dtype="float32"))),
     asked(BASE.replace(stride=1), FULL, config(BASE.replace(stride=1))),
+    *(
+        asked_fp32(problem, FULL, fp32_config(problem))
+        for kernel_size, layout in ((3, "NHWC"), (7, "NCHW"))
+        for problem in (BASE.replace(dtype="float32", kernel_size=kernel_size, layout=layout),)
+    ),
 ]
 every_small = pytest.mark.parametrize("asked", SMALL, ids=str)
 

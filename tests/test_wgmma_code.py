@@ -19,6 +19,8 @@ KERNELS = [
     pytest.param("cuda_window", "conv12", "float16", "NHWC", marks=pytest.mark.slow),
     pytest.param("cuda_window_fp32", "conv12", "float32", "NHWC", marks=pytest.mark.slow),
     pytest.param("cuda_thin", "conv1", "float16", "NHWC", marks=pytest.mark.slow),
+    pytest.param("cuda_thin_fp32", "conv1", "float32", "NHWC", marks=pytest.mark.slow),
+    pytest.param("cuda_thin_fp32", "conv7", "float32", "NHWC", marks=pytest.mark.slow),
 ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from im2win_tvm.epilogue import Epilogue
 from im2win_tvm.problem import ConvProblem, ProblemError
 from im2win_tvm.schedules import SCHEDULES
+from im2win_tvm.schedules.cuda_thin_fp32_tiles import SplitGeometry
 from im2win_tvm.schedules.cuda_thin_tiles import Config, Geometry
 from im2win_tvm.target import CudaTarget
 
@@ -161,3 +162,51 @@ def case_id(case) -> str:
     problem, chosen = case
     fields = ",".join(f"{k}={v}" for k, v in vars(chosen).items())
     return f"{problem}-{problem.layout}-{problem.dtype}-{fields}"
+
+
+def fp32_config(problem: ConvProblem, more: int = 1, **fields) -> Config:
+    """For `cuda_thin_fp32`, with `more` stages than the fewest; what threads have no registers for
+    is done by fewer of them."""
+    whole = -(-problem.out_channels // 8) * 8
+    chosen = dict(block_n=whole, warpgroups=2, channels=problem.in_channels, rows=1, steps=1)
+    chosen |= fields | dict(channels=problem.in_channels)
+    chosen["steps"] = min(2, chosen["steps"])
+    most = SplitGeometry(problem, Config(stages=2, **chosen)).most_rows
+    chosen["rows"] = min(chosen["rows"], most)
+    fewest = SplitGeometry(problem, Config(stages=2, **chosen)).fewest_stages
+    config = Config(stages=fewest + more, **chosen)
+    reason = SCHEDULES["cuda_thin_fp32"].check(config, problem, FEW) or ""
+    if "room for" in reason and config.warpgroups > 1:
+        return fp32_config(problem, more, **chosen | dict(warpgroups=config.warpgroups - 1))
+    return config
+
+
+def fp32_case(name: str, layout: str) -> tuple[ConvProblem, Config]:
+    """A problem of CASES in float32, and its configuration for `cuda_thin_fp32`."""
+    problem, fields = CASES[name]
+    problem = problem.replace(dtype="float32", layout=layout)
+    return problem, fp32_config(problem, **fields)
+
+
+def drawn_fp32(seed: int, count: int, most_work: int = 1_000_000) -> Iterator:
+    """As `drawn`, for `cuda_thin_fp32`."""
+    chance = random.Random(seed)
+    schedule = SCHEDULES["cuda_thin_fp32"]
+    found = 0
+    while found < count:
+        try:
+            problem = _problem(chance, "float32")
+        except ProblemError:  # a kernel larger than its input: draw again
+            continue
+        if problem.flops > 2 * most_work or schedule.supports(problem, FEW):
+            continue
+        whole = -(-problem.out_channels // 8)
+        chosen = fp32_config(
+            problem, chance.randint(0, 4),
+            block_n=8 * chance.choice([whole, max(1, whole // 2), chance.randint(1, whole)]),
+            warpgroups=chance.randint(1, 4), rows=chance.randint(1, 8),
+            steps=chance.randint(1, 2), blocks=chance.choice([1, 1, 2]),
+        )  # fmt: skip
+        if schedule.check(chosen, problem, FEW) is None:
+            found += 1
+            yield problem, chosen

@@ -36,8 +36,8 @@ Not simulated:
 
 Both operands of `T.Select` are evaluated in every lane, those of `T.if_then_else`, `and` and `or`
 are not. What an intrinsic means is in the tables of `intrinsics` and `ptx`, to which `matrices`,
-`wgmma`, `mbarriers`, `bulk_copies`, `bulk_stores` and `tensor_maps` add; any other is refused by
-name.
+`wgmma`, `reductions`, `mbarriers`, `bulk_copies`, `bulk_stores` and `tensor_maps` add; any other is
+refused by name.
 """
 
 from typing import NamedTuple

@@ -3,7 +3,7 @@
 import numpy as np
 from tvm import tirx
 
-from . import bulk_copies, bulk_stores, matrices, ptx, tensor_maps, wgmma
+from . import bulk_copies, bulk_stores, matrices, ptx, reductions, tensor_maps, wgmma
 from .banks import Banks
 from .copies import Copies
 from .launch import launch
@@ -15,7 +15,7 @@ from .roles import Deadlock, Roles
 from .statements import Statements
 
 # Imported for their entries in the table of intrinsics.
-assert bulk_copies and bulk_stores and matrices and ptx and tensor_maps
+assert bulk_copies and bulk_stores and matrices and ptx and reductions and tensor_maps
 
 _LEAVING = ("tirx.break_loop", "tirx.continue_loop", "tirx.thread_return")
 # What has warps wait for each other in different branches: mbarriers, barriers of some warps.

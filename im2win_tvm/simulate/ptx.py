@@ -337,17 +337,19 @@ _arithmetic(("mad_int",), lambda x, y, z: x * y + z)
 @ptx("cvt_f16x2_f32", "cvt_bf16x2_f32")
 def _(program, it):
     """Two float32 rounded to halves of a register: `a` is the upper one."""
-    plain = it.modifiers["rnd"] == "rn" and not any(map(it.modifiers.get, ("relu", "satfinite")))
-    _unless(plain, it)
+    _unless(it.modifiers["rnd"] == "rn" and not it.modifiers.get("relu"), it)
+    most = None  # of magnitude: what infinities become
+    if it.modifiers.get("satfinite"):
+        _unless(it.modifiers["dtype"] == "f16x2", it)
+        most = np.float32(np.finfo(np.float16).max)
     to = np.float16 if it.modifiers["dtype"] == "f16x2" else ml_dtypes.bfloat16
     store, dtype = program.target(it.one("d")), dtype_of(it.one("d"))
     upper, lower = program.compile(it.one("a")), program.compile(it.one("b"))
 
     def code(mask):
-        high, low = (
-            np.asarray(half(mask), np.float32).astype(to).view(np.uint16).astype(np.uint32)
-            for half in (upper, lower)
-        )
+        given = (np.asarray(half(mask), np.float32) for half in (upper, lower))
+        kept = given if most is None else (np.clip(value, -most, most) for value in given)
+        high, low = (value.astype(to).view(np.uint16).astype(np.uint32) for value in kept)
         store(np.broadcast_to(high << np.uint32(16) | low, (program.machine.size,)).astype(dtype),
               mask)  # fmt: skip
 

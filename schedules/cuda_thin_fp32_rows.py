@@ -1,0 +1,104 @@
+"""Rows of `cuda_thin_fp32`: as they are in the ring, and beside it the largest numbers of each.
+
+A window's numbers have one scale: that of the largest finite number in the rows of its taps. Who
+brings a row has it in registers and finds its largest; who reads a window looks at a few of these.
+Rows are in the ring once: a window may go on from its last row to its first.
+"""
+
+# Bodies of inline functions are parsed as TIRx.
+
+from tvm.script import tirx as T
+
+from .cuda_thin_fp32_tiles import WARPS, SplitGeometry
+from .cuda_thin_loads import Elements
+from .cuda_thin_window import Window, first_word, ring_slot
+from .cuda_window_fp32_split import apart, exponent, inverse
+
+# Added to the bits of a magnitude this makes numbers above zero of the finite ones, and negative
+# ones of infinities and NaN.
+_LEAST = 0x00800000
+# The bits of a power of two and of its reciprocal add up to this.
+_OPPOSITE = 254 << 23
+
+
+@T.meta_class
+class MeasuredElements(Elements):
+    """A thread's elements of rows, and the largest of those that are finite, of its warp.
+
+    tops: bits of magnitudes, of each row of the ring and each warp.
+    """
+
+    def __init__(self, geometry: SplitGeometry, ring, x, thread, tops):
+        super().__init__(geometry, ring, x, thread)
+        self.tops = tops
+        self.top = T.local_scalar("int32")
+
+    @T.inline
+    def store(self, buffer, i, part, slot):
+        """What was loaded of row i, into a row of the ring; after its last part, its largest."""
+        Elements.store(self, buffer, i, part, slot)
+        if part == 0:
+            self.top = T.int32(_LEAST)
+        for j in T.unroll(self.count):
+            bits = T.meta_var(self.held[buffer * self.each + i * self.count + j])
+            magnitude = T.meta_var(T.bitwise_and(bits, T.uint32(0x7FFFFFFF)))
+            self.top = T.max(self.top, T.reinterpret("int32", magnitude + T.uint32(_LEAST)))
+        if part == self.parts - 1:
+            T.ptx["redux_sync.max.s32"](self.top, self.top, T.uint32(0xFFFFFFFF))
+            if self.thread % 32 == 0:
+                self.tops[slot * WARPS + self.thread // 32] = T.Cast("uint32", self.top - _LEAST)
+
+
+@T.meta_class
+class RingWindow(Window):
+    """A thread's words of a window that wraps round."""
+
+    def __init__(self, geometry: SplitGeometry):
+        super().__init__(geometry)
+        self.end = geometry.ring_bytes // 4
+
+    def load(self, words, base, four):
+        """This thread's word of a four, of a pixel whose window begins at `base`."""
+        begin, last = four * 4 % self.row, T.And(four == self.words // 4, self.rest > 0)
+        kind = T.if_then_else(last, self.kinds, T.max(begin - self.first, 0))
+        place = self.place(four * 4)
+        # Of fours that lie in one row the row's first word tells, for all of them.
+        crosses = T.Or(begin + 3 >= self.row, last)
+        tells = T.if_then_else(crosses, self.at[kind] + place, four * 4 // self.row * self.apart)
+        first = base - T.if_then_else(base + tells >= self.end, self.end, 0)
+        at = first + self.at[kind] + place
+        value = T.if_then_else(last, T.bitwise_and(words[at], self.mask[kind]), words[at])
+        return T.if_then_else(four * 4 < self.words, value, T.uint32(0))
+
+
+@T.meta_class
+class Pixels:
+    """A thread's two pixels: where their windows are, and what brings their numbers into range."""
+
+    def __init__(self, geometry: SplitGeometry, tops):
+        self.geometry, self.tops = geometry, tops
+        self.word = T.alloc_local((2,), "int32")  # the window's first, in the ring
+        self.into = T.alloc_local((2,), "float32")
+        self.top = T.local_scalar("uint32")
+
+    @T.inline
+    def find(self, half, pixel, first_row, t):
+        """The rows of a window are in the ring. Its four threads look at their tops by turns."""
+        g = T.meta_var(self.geometry)
+        slot: T.let = ring_slot(g, pixel, first_row)
+        self.word[half] = first_word(g, pixel, slot)
+        self.top = T.uint32(0)
+        for turn in T.unroll((g.taps_h + 3) // 4):
+            # Beyond the last row: that one once more.
+            row: T.let = slot + T.min(turn * 4 + t, g.taps_h - 1) * g.step_h
+            place: T.let = T.if_then_else(row < g.ring_rows, row, row - g.ring_rows)
+            for warp in T.unroll(WARPS):
+                self.top = T.max(self.top, self.tops[place * WARPS + warp])
+        for bit in T.unroll(2):
+            self.top = T.max(self.top, apart(self.top, T.shift_left(1, bit)))
+        self.into[half] = inverse(exponent(self.top))
+
+    def back(self, half):
+        """What undoes it: the power of two with the opposite exponent."""
+        bits = T.reinterpret("uint32", self.into[half])
+        return T.reinterpret("float32", T.uint32(_OPPOSITE) - bits)
