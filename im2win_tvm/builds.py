@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import artifact, compiler
+from . import artifact, compiler, processes
 from .accuracy import AccuracyError
 from .epilogue import NONE, Epilogue
 from .kernel import Kernel
@@ -143,14 +142,7 @@ class Builder:
         if self._pool is None:
             # Not forked: a CUDA context does not survive that.
             context = multiprocessing.get_context("spawn")
-            # Ctrl-C reaches the whole group of processes, and is for this one to handle. A function
-            # of ours would be unpickled first, and import TVM, for seconds.
-            self._pool = ProcessPoolExecutor(
-                self.jobs,
-                mp_context=context,
-                initializer=signal.signal,
-                initargs=(signal.SIGINT, signal.SIG_IGN),
-            )
+            self._pool = ProcessPoolExecutor(self.jobs, context, processes.begin)
         return self._pool
 
     def close(self) -> None:

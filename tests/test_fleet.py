@@ -24,6 +24,7 @@ from im2win_tvm.tuning import messages, records, remote, server, session
 from im2win_tvm.tuning.fleet import Fleet
 from im2win_tvm.tuning.lookup import arch_of
 from im2win_tvm.tuning.measuring import Measurement, TuningError
+from im2win_tvm.tuning.result import Watcher
 from im2win_tvm.tuning.search import Listed
 
 BRIEF = timing.Limits(warmup=0.001, seconds=0.001, least=3, most=5)
@@ -315,9 +316,10 @@ def test_a_session_on_a_tracker_loses_servers_and_nothing_else(tmp_path, monkeyp
             seen.append(len(trials))
             return super().propose(1 if len(trials) < 8 else count, trials)
 
-    def progress(what):
-        if fault := faults.pop(len(seen), None):
-            os.killpg(fault[0].pid, fault[1])
+    class Faulty(Watcher):
+        def trial(self, result, record, replayed):
+            if fault := faults.pop(len(seen), None):
+                os.killpg(fault[0].pid, fault[1])
 
     try:
         fleet = Fleet(CPU, [remote.Tracker(server.address(at), "cpu")])
@@ -328,9 +330,8 @@ def test_a_session_on_a_tracker_loses_servers_and_nothing_else(tmp_path, monkeyp
         path = kernel.export(tmp_path / "first.so")
         assert all(result.passed for result in fleet.each(PROBLEM, [path] * 3, BRIEF))
         fleet._patience = 3.0
-        with session.Session(
-            CPU, tmp_path / "logs", 1, limits=BRIEF, progress=progress, measurer=fleet
-        ) as running:
+        with session.Session(CPU, tmp_path / "logs", 1, limits=BRIEF, measurer=fleet) as running:
+            running.watcher = Faulty()
             (result,) = running.tune(PROBLEM, {"cpu_blocked": Ends(configs)}, 12)
     finally:
         for process in servers:

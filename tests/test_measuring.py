@@ -78,7 +78,8 @@ def test_a_kernel_that_takes_its_process_down_is_lost_alone(
 ):
     good = kernel.export(tmp_path / "good.so")
     assert measurer.measure(PROBLEM, [good], BRIEF)[0].passed
-    measurer._patience = 1.0
+    # A crash takes its time: TVM writes where it was.
+    measurer._patience = 1.0 if error.startswith("hangs") else measuring.PATIENCE
     (result,) = measurer.measure(PROBLEM, [_spoiled(kernel, tmp_path / "bad.so", body)], BRIEF)
     assert result.passed is False
     assert re.fullmatch(error, result.error)

@@ -27,6 +27,7 @@ def _line(**changes):
         make(12.5, changed={"unroll": 2}, protocol="search", driver="580.1", commit="abc"),
         make(target=H100, schedule="cuda_simt", problem=PROBLEM.replace(layout="NHWC")),
         failed(problem=PROBLEM.replace(padding=((0, 1), (2, 0)), dtype="float16")),
+        replace(failed(), error="hangs: no answer within 60 s"),
     ],
 )
 def test_round_trip(record):
@@ -73,6 +74,8 @@ MALFORMED = {
     "an unknown protocol": (_line(protocol="guess"), "protocol='guess'"),
     "passed as text": (_line(check={"passed": "yes"}), "passed='yes'"),
     "a version that is a number": (_line(versions={"code": 3}), "code=3"),
+    "an error that is a number": (_line(error=3), "error=3: allowed: a JSON string or null"),
+    "an error of what passed": (_line(error="hangs"), "error='hangs': allowed: none where"),
 }  # fmt: skip
 
 

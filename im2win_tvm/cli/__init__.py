@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, env, export, inspect, tune, verify
+from . import bench, compile, env, export, inspect, logs, tune, verify
 from .errors import Group
 
 __all__ = ["app", "main"]
@@ -21,11 +21,13 @@ for command in (
     bench.bench,
     verify.verify,
     tune.tune,
+    compile.compile,
     export.export,
     inspect.inspect,
     env.env,
 ):
     app.command()(command)
+app.add_typer(logs.app, name="logs")
 
 
 def main() -> None:

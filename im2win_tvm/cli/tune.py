@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from shlex import join
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .fleet import DeviceKeyOption, LocalGpusOption, TrackerOption, fleet
-from .metadata import fields
+from .model_files import MODEL_FILES, chosen_dtype, model_in, refuse
 from .options import (
     PROBLEM_HELP,
     SUITE_NAMES,
@@ -23,15 +25,12 @@ from .options import (
     LayoutOption,
     TargetOption,
     known_schedule,
-    parse_problem,
 )
-from .progress import progress
 
 if TYPE_CHECKING:
     from ..problem import ConvProblem
     from ..target import Target
-    from ..tuning.search import Proposer
-    from ..tuning.session import Result
+    from ..tuning.plan import Plan
 
 # What a shell reports of a command that Ctrl-C ended.
 _INTERRUPTED = 130
@@ -40,7 +39,12 @@ _INTERRUPTED = 130
 def tune(
     context: typer.Context,
     problems: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROBLEM]...", help=PROBLEM_HELP)
+        list[str] | None,
+        typer.Argument(
+            metavar="[PROBLEM|MODEL]...",
+            help=f"{PROBLEM_HELP} Or a model in a file, {MODEL_FILES}: its distinct convolutions, "
+            "each as important as it is frequent.",
+        ),
     ] = None,
     suite: Annotated[
         str | None, typer.Option("--suite", help=f"Every layer of {SUITE_NAMES}.")
@@ -70,15 +74,50 @@ def tune(
     ] = None,
     seconds: Annotated[
         float | None,
-        typer.Option("--seconds", help="Begin no further trial of these after so long."),
+        typer.Option(
+            "--seconds", help="Begin no further trial of a problem and schedule after so long."
+        ),
+    ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--time-limit",
+            metavar="SECONDS",
+            help="Begin no further trial of anything after so long, shared out among the problems. "
+            "The last measurements of the fastest come on top.",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the random configurations.")] = 0,
+    learn: Annotated[
+        bool,
+        typer.Option(
+            "--learn",
+            help="Let XGBoost, trained on these trials and on records of other problems, choose "
+            "the second half of the trials, instead of neighbours of the fastest.",
+        ),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on where an earlier session stopped: what is in the log, with the versions of "
+            "today, counts as if it was measured now. Repeat the other options.",
+        ),
+    ] = False,
     again: Annotated[
         bool,
         typer.Option(
             "--again",
             help="No search: measure the fastest --trials recorded configurations of each problem "
             "again, also those of other versions. Default without PROBLEM: all that have records.",
+        ),
+    ] = False,
+    verify_logs: Annotated[
+        bool,
+        typer.Option(
+            "--verify-logs",
+            help="No search: build every record again (of each PROBLEM, else all) and check its "
+            "output, where its device is here. With --again compare its time, too. Writes nothing.",
         ),
     ] = False,
     jobs: Annotated[
@@ -104,72 +143,113 @@ def tune(
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write a summary as JSON.")
     ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(
+            "--png", metavar="FILE", help="Draw how fast the best was after each trial, as PNG."
+        ),
+    ] = None,
 ) -> None:
     """Search the fastest configurations of problems on this device, and record them.
 
     The heuristic's configuration first, then those that a schedule's model ranks first, random
     ones, and neighbours of the fastest. Every output is checked; the fastest are measured again as
-    `im2win bench` does. Ctrl-C keeps what was measured. Exits with 1 if an output was wrong, or a
-    schedule had no right one.
+    `im2win bench` does. Whatever ends it, at most the trial under way is lost; --resume goes on.
+    Exits with 1 if an output was wrong, or a schedule had no right one.
     """
     from ..target import resolve
-    from ..tuning import lookup
+    from ..tuning import curve, lookup, ranking
+    from ..tuning.measuring import TuningError
+    from ..tuning.plan import Deadline, proposer, repeat
+    from ..tuning.plan import again as recorded_plans
+    from ..tuning.plan import plans as plans_of
     from ..tuning.session import Session
+    from . import tune_problems, tune_text
+    from .tune_view import watching
 
-    if seconds is not None and not seconds > 0:
-        raise typer.BadParameter(f"seconds={seconds}: allowed: more than 0")
+    for name, value in (("seconds", seconds), ("time-limit", time_limit)):
+        if value is not None and not value > 0:
+            raise typer.BadParameter(f"{name}={value}: allowed: more than 0")
     resolved = resolve(target, arch=arch)
     measurer = fleet(context, resolved, tracker, device_key, local_gpus)
     resolved = resolved if measurer is None else measurer.target
     schedule = known_schedule(schedule, resolved.kind)
     place = out or next(iter(lookup.named_places()), Path("tuning_logs"))
     trials = trials or (5 if again else 64)
-    chosen = _problems(problems or [], suite, batch, dtype, layout)
-    if not (chosen or again):
-        raise typer.BadParameter("nothing to tune: name a PROBLEM or --suite")
-    plans: _Plans = {}
-    if again:
-        places = list(dict.fromkeys([place, *lookup.places()]))
-        known = _recorded(chosen, resolved, schedule, places, accuracy)
-        for problem, name in known:
-            plans.setdefault(problem, []).append(name)
+    model = model_in(problems or [])
+    if model:
+        refuse(context, "a model", ("batch", "suite"))
+        own = chosen_dtype(context, dtype)
+        chosen = tune_problems.of_model(model, own, layout, resolved, accuracy)
     else:
-        plans = _supporting(chosen, resolved, schedule, accuracy)
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-    steps = len(plans) + trials * sum(map(len, plans.values()))
-    interrupted, shown = False, 0
+        chosen = tune_problems.named(problems or [], suite, batch, dtype, layout)
+    for path in (json_path, png):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if verify_logs:
+        from .tune_verify import verify_logs as verified
+
+        where = [out] if out else lookup.places()
+        if not verified(where, resolved, chosen, schedule, jobs, again, json_path):
+            raise typer.Exit(1)
+        return
+    if not (chosen or again):
+        raise typer.BadParameter("nothing to tune: name a PROBLEM, a MODEL or --suite")
+    places = list(dict.fromkeys([place, *lookup.places()]))
+    if again:
+        plans, known = recorded_plans(chosen, resolved, places, schedule, accuracy)
+        proposed = partial(repeat, target=resolved, trials=trials, known=known)
+    else:
+        plans = plans_of(chosen, resolved, schedule, accuracy)
+        known = places if learn else None
+        proposed = partial(proposer, target=resolved, trials=trials, seed=seed, learn=known)
+        if learn:
+            ranking.require()
+    interrupted, failed, shown, begun = False, False, 0, 0
     with (
-        progress(steps) as step,
         _interrupts() as asked,
         Session(
-            resolved, place, jobs, progress=step, interrupted=asked, measurer=measurer
+            resolved, place, jobs, resume=resume, interrupted=asked, measurer=measurer
         ) as session,
     ):
-        try:
-            for problem, names in plans.items():
-                proposers = {
-                    name: _again_of(problem, name, resolved, trials, known)
-                    if again
-                    else _search_of(problem, name, resolved, trials, seed)
-                    for name in names
-                }
-                for result in session.tune(problem, proposers, trials, seconds):
-                    print("\n".join(_lines(result)), flush=True)
-                    shown += 1
-        except KeyboardInterrupt:
-            interrupted = True
+        floor = _floor(resolved, plans)
+        deadline = Deadline(time_limit, (plan.count * len(plan.schedules) for plan in plans))
+        with watching(plans, trials, floor, deadline) as session.watcher:
+            for plan in plans:
+                if deadline.over:
+                    break
+                begun += 1
+                limits = [seconds, deadline.share(len(plan.schedules))]
+                least = min((each for each in limits if each is not None), default=None)
+                try:
+                    proposers = {name: proposed(plan.problem, name) for name in plan.schedules}
+                    session.tune(plan.problem, proposers, trials, least)
+                except TuningError as error:  # of this problem; the others have their turn
+                    failed = True
+                    print(f"ERROR {error}", flush=True)
+                except KeyboardInterrupt:
+                    interrupted = True
+                    break
+                finally:
+                    for result in session.results[shown:]:
+                        print("\n".join(tune_text.lines(result)), flush=True)
+                    shown = len(session.results)
     results = session.results
-    for result in results[shown:]:
-        print("\n".join(_lines(result)))
-    _say_where(place, [session.log(result.schedule) for result in results if result.records])
+    said = [] if interrupted else tune_text.total(plans, results)
+    said += tune_text.where(place, [session.log(r.schedule) for r in results if r.records])
+    if begun < len(plans) and not interrupted:
+        said.append(f"time is up: {len(plans) - begun} of {len(plans)} problems were not begun")
+    if said:
+        print("\n".join(said))
     if json_path is not None:
-        summaries = [_summary(result) for result in results]
+        summaries = [tune_text.summary(result) for result in results]
         json_path.write_text(json.dumps(summaries, indent=1, allow_nan=False) + "\n")
+    if png is not None:
+        curve.draw(results, png, join(["im2win", *sys.argv[1:]]))
     if interrupted:
-        print("interrupted; what was measured is recorded")
+        print("interrupted; what was measured is recorded, and --resume goes on")
         raise typer.Exit(_INTERRUPTED)
-    if any(result.wrong or result.best() is None for result in results):
+    if failed or any(result.wrong or result.best() is None for result in results):
         raise typer.Exit(1)
 
 
@@ -189,143 +269,17 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-# Problems, each with the names of the schedules to tune.
-_Plans = dict["ConvProblem", list[str]]
-
-
-def _problems(
-    texts: list[str], suite_name: str | None, batch: int | None, dtype: str, layout: str | None
-) -> list[ConvProblem]:
-    from ..suites import suite
-
-    chosen = [parse_problem(text, dtype, layout, batch)[1] for text in texts]
-    if suite_name is not None:
-        chosen += suite(suite_name, batch, dtype, layout).values()
-    return list(dict.fromkeys(chosen))
-
-
-def _supporting(
-    problems: list[ConvProblem], target: Target, schedule: str | None, accuracy: str | None
-) -> _Plans:
-    """The schedules that take each problem in its class; those of fp32 for tf32 if no other does.
-
-    Raises AccuracyError, and ScheduleError if none does.
-    """
-    from ..select import supporting
-
-    plans = {}
-    for problem in problems:
-        found = supporting(problem, target, schedule, accuracy)
-        kinds = {name: entry.accuracy(problem) for name, entry in found.items()}
-        preferred = next(iter(kinds.values()))
-        plans[problem] = [name for name, kind in kinds.items() if kind == preferred]
-    return plans
-
-
-def _search_of(problem: ConvProblem, name: str, target: Target, trials: int, seed: int) -> Proposer:
+def _floor(target: Target, plans: list[Plan]) -> Callable[[ConvProblem, str], float | None]:
+    """The shortest time by the roofline, where the device's ceilings can be measured."""
     from ..schedules import SCHEDULES
-    from ..tuning.search import RandomThenClimb, spread
+    from ..tuning.floor import floor_us, measured
 
-    schedule = SCHEDULES[name]
-    configs = list(schedule.configs(problem, target))
-    first, explore = [schedule.default(problem, target)], -(-trials // 2)
-    cost = {config: schedule.estimate(problem, config, target) for config in configs}
-    if None not in cost.values():
-        first += spread(sorted(configs, key=cost.__getitem__), explore // 2)
-    # Half of the trials look around, half of these where a model points; the other half climb.
-    return RandomThenClimb(first, configs, explore, seed)
+    kinds = {SCHEDULES[name].accuracy(plan.problem) for plan in plans for name in plan.schedules}
+    ceilings = measured(target, kinds)
 
-
-_Recorded = dict[tuple["ConvProblem", str], list[Any]]
-
-
-def _recorded(
-    problems: list[ConvProblem],
-    target: Target,
-    schedule: str | None,
-    places: list[Path],
-    accuracy: str | None,
-) -> _Recorded:
-    """What is recorded of these problems (of all, if there are none), this schedule and class."""
-    from ..accuracy import accepted
-    from ..schedules import SCHEDULES
-    from ..tuning.lookup import recorded
-    from ..tuning.measuring import TuningError
-    from ..tuning.records import key_of
-
-    wanted = [key_of(problem) for problem in problems]
-    found = {
-        (problem, name): configs
-        for (problem, name), configs in recorded(places, target).items()
-        if schedule in (None, name)
-        and (not problems or problem in wanted)
-        and SCHEDULES[name].accuracy(problem) == accepted(problem.dtype, accuracy)[0]
-    }
-    if not found:
-        raise TuningError(
-            f"--again: no record of these problems on this device in {', '.join(map(str, places))}"
-        )
-    return found
-
-
-def _again_of(
-    problem: ConvProblem, name: str, target: Target, trials: int, known: _Recorded
-) -> Proposer:
-    from ..schedules import SCHEDULES
-    from ..tuning.search import Listed
-
-    default = SCHEDULES[name].default(problem, target)
-    return Listed(list(dict.fromkeys([default, *known[problem, name]]))[:trials])
-
-
-def _lines(result: Result) -> list[str]:
-    """What a person reads of one problem and schedule."""
-    from ..bench.units import microseconds, ratio
-
-    problem = result.problem
-    heuristic, best = result.best(result.heuristic), result.best()
-    text = f"{problem} {problem.dtype} {problem.layout}  {result.schedule}: {result.tried} tried"
-    if best is None:
-        text += ", none right" if result.wrong or result.errors else ", nothing measured"
-    else:
-        text += f", best {microseconds(best.time_us)} us"
-        if heuristic is not None:
-            gain = ratio(heuristic.time_us / best.time_us)
-            text += f", heuristic {microseconds(heuristic.time_us)} us ({gain})"
-    lines = [text]
-    if best is not None:
-        lines.append(f"  {fields(best.config)}")
-    lines += [f"  WRONG {fields(config)}: {message}" for config, message in result.wrong]
-    lines += [f"  {count} not measured: {reason}" for reason, count in result.errors.items()]
-    return lines
-
-
-def _summary(result: Result) -> dict[str, Any]:
-    problem = result.problem
-
-    def shown(config: dict[str, Any] | None) -> dict[str, Any] | None:
-        record = result.best(config)
-        if record is None:
+    def floor(problem: ConvProblem, schedule: str) -> float | None:
+        if ceilings is None:
             return None
-        return {"config": record.config, "time_us": record.time_us, "protocol": record.protocol}
+        return floor_us(problem, SCHEDULES[schedule].accuracy(problem), ceilings)
 
-    return {
-        "problem": str(problem),
-        "dtype": problem.dtype,
-        "layout": problem.layout,
-        "schedule": result.schedule,
-        "tried": result.tried,
-        "heuristic": shown(result.heuristic),
-        "best": shown(None),
-        "wrong": [{"config": config, "message": text} for config, text in result.wrong],
-        "errors": result.errors,
-    }
-
-
-def _say_where(place: Path, logs: list[Path]) -> None:
-    from ..tuning import lookup
-
-    for log in dict.fromkeys(logs):
-        print(f"records: {log}")
-    if logs and place.resolve() not in [known.resolve() for known in lookup.places()]:
-        print(f"to use them: export {lookup.VARIABLE}={os.fspath(place.resolve())}")
+    return floor

@@ -36,6 +36,7 @@ __all__ = [
     "places",
     "recorded",
     "shown_path",
+    "stale",
 ]
 
 #: The environment variable with further places, separated as in PATH; they come first.
@@ -132,7 +133,7 @@ def _usable(
         if isinstance(record, Record):
             if not _concerns(record, wanted, target, device, schedules):
                 continue
-            reason = _stale(record, target, device, schedules)
+            reason = stale(record, target, device, schedules)
         if reason is None:
             schedule = schedules[record.schedule]
             key = record.schedule, json.dumps(record.config, sort_keys=True)
@@ -143,7 +144,9 @@ def _usable(
             except RecordError as error:
                 reason = str(error)
             else:
-                if not record.passed:
+                if record.error is not None:
+                    reason = f"it was not measured: {shown(record.error)}"
+                elif not record.passed:
                     wrong.add(key)
                     reason = "its output was wrong"
                 # A later time replaces an earlier one of the same kind, faster or not.
@@ -175,10 +178,13 @@ def _concerns(
     return record.schedule in schedules or record.schedule not in SCHEDULES
 
 
-def _stale(
+def stale(
     record: Record, target: Target, device: str | None, schedules: Mapping[str, Schedule]
 ) -> str | None:
-    """What about a record is not as it is here; None if everything is."""
+    """What about a record is not as it is here; None if everything is.
+
+    device: the name of the one that is meant; None takes any.
+    """
     if record.schedule not in schedules:
         return f"schedule={shown(record.schedule)}: there is no such schedule"
     here = {

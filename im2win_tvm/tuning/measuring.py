@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from .. import environment
+from .. import environment, processes
 from ..bench import timing
 from ..bench.operands import Operands, operands_for
 from ..kernel import Kernel, load
@@ -181,8 +181,7 @@ def _serve(connection: Connection, kind: str) -> None:
     To a problem with None once there are tensors for it, or with why not; to kernels of it with
     their measurements, and whether it is as it was before them.
     """
-    # Ctrl-C reaches the whole group of processes, and is for the parent to handle.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    processes.begin()
     operands: Any = None
     with suppress(EOFError, OSError):
         while True:

@@ -59,6 +59,7 @@ class Record:
     processor's name on llvm). device: its name. versions: `code` (see `code_version`),
     `apache-tvm`, and what else was there. times: by cache state `median_us`, `iqr_us` and `n`;
     empty where the check failed. relative_error: of all outputs; None where one is not finite.
+    error: why the kernel could not be built or run, which says nothing of its outputs.
     """
 
     problem: ConvProblem
@@ -75,6 +76,7 @@ class Record:
     driver: str | None = None
     commit: str | None = None
     date: str | None = None
+    error: str | None = None
 
     @functools.cached_property
     def key(self) -> ConvProblem:
@@ -83,7 +85,7 @@ class Record:
 
     @property
     def time_us(self) -> float:
-        """The median that counts, in microseconds; infinite where the check failed."""
+        """The median that counts, in microseconds; infinite where there is no right output."""
         return self.times[STATES[self.target["kind"]]]["median_us"] if self.passed else math.inf
 
     def line(self) -> bytes:
@@ -96,6 +98,7 @@ class Record:
             "layout": problem.layout,
             **{name: value for name, value in asdict(self).items() if name in _ORDER},
             "check": {"passed": self.passed, "relative_error": self.relative_error},
+            **({} if self.error is None else {"error": self.error}),
         }
         return json.dumps(data, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
@@ -123,6 +126,9 @@ class Record:
         if passed and STATES[target["kind"]] not in times:
             raise RecordError(f"times: {STATES[target['kind']]} is missing")
         versions = _take(data, "versions", dict)
+        error = _text(data.get("error"), "error")
+        if passed and error is not None:
+            raise RecordError(f"error={shown(error)}: allowed: none where the check passed")
         return cls(
             problem=_problem(data),
             schedule=_take(data, "schedule", str),
@@ -136,6 +142,7 @@ class Record:
             times=times,
             epilogue=_take(data, "epilogue", dict),
             **{name: _text(data.get(name), name) for name in ("driver", "commit", "date")},
+            error=error,
         )
 
 
@@ -278,3 +285,15 @@ def append(path: Path, record: Record) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+    if not size:
+        _keep_name(path.parent)
+
+
+def _keep_name(folder: Path) -> None:
+    """Bring the name of a new file to the disk, too: a power cut may lose it otherwise."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -4,17 +4,18 @@ Every measurement goes through the bench's checks and timing. A search times a c
 (SEARCH); the fastest FINALISTS of each schedule and the heuristic's choice are then measured again
 together, by turns, with the full protocol of `im2win bench`; those that meet an error there, each
 alone. All are recorded, each as it is measured, so that what was measured stays whatever happens
-next.
+next; those without a time too, so that a session that goes on does not meet them again.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib.util
-import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +33,14 @@ from .code_version import code_version
 from .lookup import arch_of
 from .measuring import Measurement, Measurer, TuningError, first_line
 from .records import Record, append
+from .replay import Replay
+from .result import NOT_BUILT, Result, Watcher
 from .search import Proposer, Trial, search
 
 if TYPE_CHECKING:
     from .fleet import Fleet
 
-__all__ = ["FINALISTS", "SEARCH", "Result", "Session"]
+__all__ = ["FINALISTS", "SEARCH", "Session"]
 
 #: The time of a candidate during a search. A tenth of the full protocol's; it ranks candidates, and
 #: what it ranks first is measured again.
@@ -45,54 +48,30 @@ SEARCH = timing.Limits(warmup=0.02, seconds=0.06, least=5, most=20)
 #: Configurations of each schedule that are measured again with the full protocol.
 FINALISTS = 4
 
-Progress = Callable[[str], None]
-
-
-@dataclass
-class Result:
-    """What came of one schedule on one problem.
-
-    heuristic: fields of the configuration it would have without tuning. records: everything
-    measured, in order. tried: configurations taken up. wrong: what was wrong with which output.
-    errors: how often candidates could not be built or run, by reason.
-    """
-
-    problem: ConvProblem
-    schedule: str
-    heuristic: dict[str, Any]
-    tried: int = 0
-    records: list[Record] = field(default_factory=list)
-    wrong: list[tuple[dict[str, Any], str]] = field(default_factory=list)
-    errors: dict[str, int] = field(default_factory=dict)
-
-    def best(self, config: dict[str, Any] | None = None) -> Record | None:
-        """The fastest right record (of `config`), by the full protocol if there is one."""
-        wrong = [config for config, _ in self.wrong]
-        right = [
-            record
-            for record in self.records
-            if record.passed and record.config not in wrong and config in (None, record.config)
-        ]
-        return min(right, key=lambda r: (r.protocol != "full", r.time_us), default=None)
+# Bytes that have to be free where kernels are built: with less a build fails for that reason.
+_ROOM = 64 << 20
+# Characters of an error that a record keeps.
+_KEPT = 500
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A configuration of a schedule, and its kernel or why there is none."""
+    """A configuration of a schedule, and its kernel or why there is none; None: not built yet."""
 
     result: Result
     config: Any
-    built: Kernel | Exception
+    built: Kernel | Exception | None = None
 
 
 class Session:
     """Measures configurations and records them; a context manager.
 
     place: the folder of the logs, `<place>/<device>/<schedule>.jsonl`. jobs: processes that build;
-    None is what pays. measurer: None is this machine's own device; a Fleet measures on others, and
-    ends with the session. interrupted: whether Ctrl-C was pressed; asked between trials, because
-    TVM turns a KeyboardInterrupt that meets it in a callback into an error like any other. Raises
-    TuningError where the target's kernels cannot be measured here.
+    None is what pays. resume: take what the logs have already instead of measuring it.
+    interrupted: whether Ctrl-C was pressed; asked between trials, because TVM turns a
+    KeyboardInterrupt that meets it in a callback into an error like any other. `watcher` may be set
+    to one that shows what happens. Raises TuningError where the target's kernels cannot be measured
+    here.
     """
 
     def __init__(
@@ -101,7 +80,7 @@ class Session:
         place: Path,
         jobs: int | None = None,
         limits: timing.Limits | None = None,
-        progress: Progress = lambda what: None,
+        resume: bool = False,
         interrupted: Callable[[], bool] = lambda: False,
         measurer: Measurer | Fleet | None = None,
     ) -> None:
@@ -114,10 +93,12 @@ class Session:
         self._builder = Builder(jobs or default_jobs(target))
         self._measurer = measurer
         self._limits = limits or limits_for(target)
-        self._progress = progress
         self._interrupted = interrupted
         self._driver = measurer.driver
         self._commit = environment.git_commit()
+        logs = sorted(self._folder.glob("*.jsonl")) if resume else []
+        self._replay = Replay(logs, target, self._device)
+        self.watcher = Watcher()
         self.results: list[Result] = []
 
     def __enter__(self) -> Session:
@@ -141,7 +122,9 @@ class Session:
         """Search the configurations of one problem; the result of each schedule.
 
         proposers: by schedule. trials: most configurations of each schedule; seconds: no further
-        batch of them is begun after so long.
+        trial of them is begun after so long. Raises OSError where a record cannot be written or
+        nothing can be built for want of room on a disk, and TuningError where the problem cannot
+        be measured.
         """
         results = [
             Result(problem, name, asdict(SCHEDULES[name].default(problem, self._target)))
@@ -151,10 +134,7 @@ class Session:
         finalists: list[_Candidate] = []
         for result, proposer in zip(results, proposers.values(), strict=True):
             finalists += self._search(result, proposer, trials, seconds)
-        self._progress(f"{problem}: the fastest again")
-        measured = self._measure(problem, finalists, self._limits)
-        for candidate, measurement in zip(finalists, measured, strict=True):
-            self._note(candidate, measurement, "full")
+        self._finals(results, finalists)
         return results
 
     def _search(
@@ -170,14 +150,24 @@ class Session:
             return seconds is not None and time.monotonic() - begun >= seconds
 
         def measure(configs: list[Any]) -> Iterator[Trial]:
-            for candidate, measurement in self._measured(result, configs):
-                self._progress(f"{result.problem} {result.schedule}")
+            known = [self._known(result, config, "search") for config in configs]
+            missing = [config for config, record in zip(configs, known, strict=True) if not record]
+            measured = self._measured(result, missing)
+            for config, record in zip(configs, known, strict=True):
                 result.tried += 1
-                time_us = self._note(candidate, measurement, "search")
-                if math.isfinite(time_us):
-                    right.append((time_us, candidate))
-                yield Trial(candidate.config, time_us)
+                candidate = _Candidate(result, config)
+                if record:
+                    result.replayed += 1
+                    result.add(record)
+                else:
+                    candidate, measurement = next(measured)
+                    record = self._note(candidate, measurement, "search")
+                self.watcher.trial(result, record, candidate.built is None)
+                if record.passed:
+                    right.append((record.time_us, candidate))
+                yield Trial(config, record.time_us)
 
+        self.watcher.search(result, trials)
         batch = max(self._builder.jobs, self._measurer.width)
         search(proposer, measure, trials, batch, enough)
         ranked = [candidate for _, candidate in sorted(right, key=lambda pair: pair[0])]
@@ -186,6 +176,34 @@ class Session:
             for candidate in ranked[FINALISTS:]
             if asdict(candidate.config) == result.heuristic
         ]
+
+    def _finals(self, results: list[Result], finalists: list[_Candidate]) -> None:
+        """Measure the fastest again, those of all schedules by turns."""
+        waiting = []
+        for candidate in finalists:
+            record = self._known(candidate.result, candidate.config, "full")
+            if record:
+                candidate.result.add(record)
+            else:
+                waiting.append(candidate)
+        if not waiting:
+            return
+        for result in results:  # those whose search an earlier session had measured
+            places = [
+                place
+                for place, candidate in enumerate(waiting)
+                if candidate.built is None and candidate.result is result
+            ]
+            built = self._build(result, [waiting[place].config for place in places])
+            for place, candidate in zip(places, built, strict=True):
+                waiting[place] = candidate
+        self.watcher.finals(results, len(waiting))
+        measured = self._measure(results[0].problem, waiting, self._limits)
+        for candidate, measurement in zip(waiting, measured, strict=True):
+            self._note(candidate, measurement, "full")
+
+    def _known(self, result: Result, config: Any, protocol: str) -> Record | None:
+        return self._replay.get(result.schedule, result.problem, asdict(config), protocol)
 
     def _measured(
         self, result: Result, configs: list[Any]
@@ -199,11 +217,12 @@ class Session:
             return
         from .streaming import stream
 
-        yield from stream(
-            self._measurer, result.problem, built, SEARCH, lambda e: Measurement(first_line(e))
-        )
+        yield from stream(self._measurer, result.problem, built, SEARCH, _unbuilt)
 
     def _build(self, result: Result, configs: list[Any]) -> Iterator[_Candidate]:
+        if not configs:
+            return iter(())
+        self.watcher.building(result, len(configs))
         problem = result.problem
         accuracy = SCHEDULES[result.schedule].accuracy(problem)  # what was asked for is its name
         requests = [
@@ -227,22 +246,16 @@ class Session:
                 self._measurer.measure(problem, list(paths.values()), limits) if paths else ()
             )
             return [
-                next(measured) if index in paths else Measurement(first_line(candidate.built))
+                next(measured) if index in paths else _unbuilt(candidate.built)
                 for index, candidate in enumerate(candidates)
             ]
 
-    def _note(self, candidate: _Candidate, measured: Measurement, protocol: str) -> float:
-        """Record a measurement; its time in microseconds, infinite if there is none."""
-        result = candidate.result
-        if measured.error is not None:
-            result.errors[measured.error] = result.errors.get(measured.error, 0) + 1
-            return math.inf
+    def _note(self, candidate: _Candidate, measured: Measurement, protocol: str) -> Record:
+        """Record a measurement, in the log and in the result."""
         record = self._record(candidate, measured, protocol)
-        result.records.append(record)
-        append(self.log(result.schedule), record)
-        if not measured.passed:
-            result.wrong.append((record.config, measured.message))
-        return record.time_us
+        append(self.log(candidate.result.schedule), record)
+        candidate.result.add(record, measured.message)
+        return record
 
     def _record(self, candidate: _Candidate, measured: Measurement, protocol: str) -> Record:
         target, result = self._target, candidate.result
@@ -266,7 +279,17 @@ class Session:
             driver=self._driver,
             commit=self._commit,
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            error=None if measured.error is None else measured.error[:_KEPT],
         )
+
+
+def _unbuilt(error: Exception) -> Measurement:
+    """What is known of a kernel that could not be built. Raises OSError where a disk is full."""
+    # A full disk fails every build, and is no fault of the configuration.
+    folder = tempfile.gettempdir()
+    if shutil.disk_usage(folder).free < _ROOM:
+        raise OSError(errno.ENOSPC, "no room to build kernels", folder) from error
+    return Measurement(NOT_BUILT + first_line(error))
 
 
 def _rounded(times: timing.Times) -> dict[str, float]:

@@ -1,0 +1,143 @@
+"""What a session is to tune: problems with their schedules, how much each counts, what is tried."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..accuracy import accepted
+from ..problem import ConvProblem
+from ..schedules import SCHEDULES
+from ..select import supporting
+from ..target import Target
+from . import ranking
+from .lookup import recorded
+from .measuring import TuningError
+from .records import key_of
+from .search import Listed, Proposer, RandomThenClimb, spread
+
+__all__ = ["Deadline", "Plan", "again", "plans", "proposer", "repeat"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A problem and the names of the schedules to tune; count: how often a model has it."""
+
+    problem: ConvProblem
+    schedules: tuple[str, ...]
+    count: int = 1
+
+
+def plans(
+    problems: Mapping[ConvProblem, int],
+    target: Target,
+    schedule: str | None = None,
+    accuracy: str | None = None,
+) -> list[Plan]:
+    """The schedules that take each problem in its class; those of fp32 for tf32 if no other does.
+
+    problems: with their counts. Raises AccuracyError, and ScheduleError if none takes one.
+    """
+    made = []
+    for problem, count in problems.items():
+        found = supporting(problem, target, schedule, accuracy)
+        kinds = {name: entry.accuracy(problem) for name, entry in found.items()}
+        preferred = next(iter(kinds.values()))
+        names = tuple(name for name, kind in kinds.items() if kind == preferred)
+        made.append(Plan(problem, names, count))
+    return made
+
+
+def proposer(
+    problem: ConvProblem,
+    name: str,
+    target: Target,
+    trials: int,
+    seed: int,
+    learn: Iterable[Path] | None = None,
+) -> Proposer:
+    """The search of one schedule: the heuristic's choice, what its model says, chance, climbing.
+
+    learn: the folders of the records from which XGBoost learns what to take instead of climbing,
+    beside the trials of the search itself (see `ranking.require`); None: it does not.
+    """
+    schedule = SCHEDULES[name]
+    configs = list(schedule.configs(problem, target))
+    default, explore = schedule.default(problem, target), -(-trials // 2)
+    first = [default]
+    cost = {config: schedule.estimate(problem, config, target) for config in configs}
+    if None not in cost.values():
+        first += spread(sorted(configs, key=cost.__getitem__), explore // 2)
+    # Half of the trials look around, half of these where a model points; the other half climb.
+    if learn is None:
+        return RandomThenClimb(first, configs, explore, seed)
+    known = ranking.samples(schedule, type(default), learn, target, problem)
+    cost |= {default: schedule.estimate(problem, default, target)}
+    return ranking.Learned(first, cost, explore, seed, problem, known)
+
+
+def again(
+    problems: Iterable[ConvProblem],
+    target: Target,
+    places: list[Path],
+    schedule: str | None = None,
+    accuracy: str | None = None,
+) -> tuple[list[Plan], dict[tuple[ConvProblem, str], list[Any]]]:
+    """What is recorded of these problems (of all, if there are none), this schedule and class.
+
+    Plans, and by problem and schedule the configurations, the fastest first. Raises TuningError
+    where there is no record.
+    """
+    wanted = [key_of(problem) for problem in problems]
+    found = {
+        (problem, name): configs
+        for (problem, name), configs in recorded(places, target).items()
+        if schedule in (None, name)
+        and (not wanted or problem in wanted)
+        and SCHEDULES[name].accuracy(problem) == accepted(problem.dtype, accuracy)[0]
+    }
+    if not found:
+        raise TuningError(
+            f"--again: no record of these problems on this device in {', '.join(map(str, places))}"
+        )
+    names: dict[ConvProblem, list[str]] = {}
+    for problem, name in found:
+        names.setdefault(problem, []).append(name)
+    return [Plan(problem, tuple(each)) for problem, each in names.items()], found
+
+
+def repeat(problem: ConvProblem, name: str, target: Target, trials: int, known: Any) -> Proposer:
+    """The heuristic's choice and the first of what `again` found."""
+    default = SCHEDULES[name].default(problem, target)
+    return Listed(list(dict.fromkeys([default, *known[problem, name]]))[:trials])
+
+
+class Deadline:
+    """The time of a whole session, shared out among what is left of it by weight.
+
+    seconds: None is no limit. weights: of the plans, in their order. What one does not use is for
+    those after it.
+    """
+
+    def __init__(self, seconds: float | None, weights: Iterable[float]) -> None:
+        self._end = None if seconds is None else time.monotonic() + seconds
+        self._weights = list(weights)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds; None where there is no limit."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more should begin."""
+        return self.left == 0.0
+
+    def share(self, parts: int) -> float | None:
+        """Seconds for each of so many equal parts of the next plan."""
+        weight, total = self._weights[0], sum(self._weights)
+        del self._weights[0]
+        return None if self.left is None else self.left * weight / total / parts
