@@ -31,7 +31,7 @@ assert_equal = functools.partial(assert_right, FORM, kinds=("integer",))
 @pytest.mark.parametrize(
     "problem",
     [
-        *halves(odd_problems(11, 16, most_work=200_000)),
+        *halves(odd_problems(11, 8, most_work=200_000)),
         *(
             pytest.param(problem, marks=pytest.mark.slow)
             for problem in halves(

@@ -45,7 +45,7 @@ def mixed(problems):
 @pytest.mark.parametrize(
     "problem",
     [
-        *mixed(odd_problems(21, 20, most_work=300_000)),
+        *mixed(odd_problems(21, 10, most_work=300_000)),
         *map(slow, mixed(odd_problems(12, 120, most_work=1_000_000))),
     ],
     ids=problem_id,

@@ -162,6 +162,7 @@ def test_bench_shows_it_beside_the_others(place):
     assert "scripts/tune_metaschedule.py makes records" in gap["reason"]
 
 
+@pytest.mark.slow
 def test_a_search_ends_in_records_that_selection_takes(place, monkeypatch):
     monkeypatch.setattr("im2win_tvm.tuning.session.SEARCH", BRIEF)
     with Session(CPU, place, 1, BRIEF) as session:

@@ -54,6 +54,7 @@ def assert_agrees(name, width, side, dtype, folder):
         assert set(np.argsort(y[0])[-5:]) == set(np.argsort(expected[0])[-5:])
 
 
+@pytest.mark.slow
 def test_unet(tmp_path):
     """What is concatenated, and transposed convolutions between ours."""
     assert_agrees("unet", 16, 32, "float32", tmp_path)
@@ -236,6 +237,7 @@ def test_models_are_measured(tmp_path):
     assert "--suite: not allowed with a model" in bench("--suite", "paper").output
 
 
+@pytest.mark.slow
 def test_kernels_are_within_cuda_graphs(tmp_path):
     """TVM's pass lifts their calls into the function that it captures."""
     from tvm.relax.backend.cuda import pipeline
