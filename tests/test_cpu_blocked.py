@@ -18,7 +18,7 @@ from im2win_tvm.schedules.cpu_blocked import Config
 from im2win_tvm.target import missing_cpu_features, resolve
 
 SCHEDULE = SCHEDULES["cpu_blocked"]
-FIRST, MORE = odd_problems(1, 80), odd_problems(2, 400)
+FIRST, MORE = odd_problems(1, 45), odd_problems(2, 400)
 SLOW = pytest.mark.slow
 RAGGED = ConvProblem(2, 6, (9, 11), 22, (3, 2), (2, 1), ((1, 0), (2, 1)), (1, 2), 2)
 

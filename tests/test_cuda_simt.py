@@ -20,7 +20,7 @@ every_form = pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "problem",
     [
-        *odd_problems(3, 60, most_work=1_000_000),
+        *odd_problems(3, 30, most_work=1_000_000),
         *(
             pytest.param(problem, marks=pytest.mark.slow)
             for problem in odd_problems(4, 240, most_work=1_000_000)

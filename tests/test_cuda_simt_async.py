@@ -64,7 +64,7 @@ def single(problems):
 @pytest.mark.parametrize(
     "problem",
     [
-        *single(odd_problems(6, 16, most_work=200_000)),
+        *single(odd_problems(6, 10, most_work=200_000)),
         *(
             pytest.param(problem, marks=pytest.mark.slow)
             for problem in single(

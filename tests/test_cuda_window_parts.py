@@ -17,7 +17,7 @@ from im2win_tvm.schedules.cuda_window_tiles import Config, Geometry
 from im2win_tvm.simulate import run
 
 RNG = np.random.default_rng(3)
-ALL = [*((problem, config) for _, problem, config, _ in cases()), *drawn(5, 150)]
+ALL = [*((problem, config) for _, problem, config, _ in cases()), *drawn(5, 90)]
 FEW_OF_ALL = [*drawn(6, 12), *((p, c) for p, c in CASES.values() if c.dense)]
 
 
