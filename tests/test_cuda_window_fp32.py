@@ -252,7 +252,7 @@ def test_refused_problems(fields, target, message):
 @pytest.mark.parametrize(
     ("layer", "config"),
     [
-        slow("conv9", Config(1, 14, 8, along_p=2, pixel_stages=3, filter_stages=9)),
+        ("conv9", Config(1, 14, 8, along_p=2, pixel_stages=3, filter_stages=9)),
         slow(
             "conv5", Config(8, 1, 20, True, along_m=2, taps="row", pixel_stages=4, filter_stages=7)
         ),
