@@ -52,7 +52,7 @@ class Fake:
         return told or [Measurement(None, True, 0.0, str(b), {"warm": TIMES}) for b in libraries]
 
     def close(self):
-        pass
+        """Nothing to end: it has no process."""
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_without_servers_there_is_an_error_that_says_why(paths):
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"device": "another"}, "device='another': this session measures with"),
+        ({"device": "another"}, "device='another': the fleet measures with"),
         ({"kind": "cuda"}, "kind='cuda'"),
         ({"arch": "other"}, "arch='other'"),
         ({"version": "0"}, "version='0'"),

@@ -11,6 +11,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
+from torch import library  # noqa: E402
+
 import im2win_tvm.torch as ours  # noqa: E402
 from im2win_tvm import AccuracyError, kernel_cache, reference  # noqa: E402
 from im2win_tvm.epilogue import Epilogue  # noqa: E402
@@ -77,7 +79,7 @@ def test_values(case, memory_format, dtype):
 def test_the_operator_is_one_of_pytorchs(case, memory_format):
     x, w, b, *rest = operands(CASES[case], memory_format=FORMATS[memory_format])
     given = (x.requires_grad_(), w.requires_grad_(), b, *rest)
-    torch.library.opcheck(torch.ops.im2win.conv2d, given)
+    library.opcheck(torch.ops.im2win.conv2d, given)
 
 
 @every_case

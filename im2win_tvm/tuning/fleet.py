@@ -242,7 +242,7 @@ class Fleet:
         }
         for name, (theirs, ours) in here.items():
             if theirs != ours:
-                return f"{name}={theirs!r}: this session measures with {ours!r}"
+                return f"{name}={theirs!r}: the fleet measures with {ours!r}"
         if device is None and isinstance(self.target, CudaTarget):
             self.target = replace(self.target, device=server.device)
         self.driver = server.driver

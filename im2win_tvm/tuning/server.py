@@ -102,7 +102,7 @@ def _end(*_: object) -> None:
 def _end_with_parent() -> None:
     # Not by sys.stdin: a session that is forked meanwhile closes that, and would wait for its lock.
     while os.read(0, 1):
-        pass
+        continue  # what arrives means nothing; the end of it does
     _end()
 
 
