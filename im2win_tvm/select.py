@@ -17,8 +17,9 @@ class Origin:
     """Where a configuration comes from.
 
     kind: "heuristic", "given" by the caller, or "record". Of a record: the file and its line, the
-    device that it was measured on, the time in microseconds, and whether the target named that
-    device or took any of its architecture.
+    device that it was measured on, and the time in microseconds there. any_device: the target
+    named no device and took any of its architecture. borrower: the device that the target named,
+    where that has no record of its own.
     """
 
     kind: str
@@ -27,25 +28,29 @@ class Origin:
     device: str | None = None
     time_us: float | None = None
     any_device: bool = False
+    borrower: str | None = None
 
     @classmethod
     def of(cls, match: Match, target: Target) -> "Origin":
         """That of a tuning record."""
-        record = match.record
+        record, wanted = match.record, device_name(target)
         return cls(
             "record",
             shown_path(match.path),
             match.line,
             record.device,
             record.time_us,
-            device_name(target) is None,
+            any_device=wanted is None,
+            borrower=None if wanted == record.device else wanted,
         )
 
     def __str__(self):
         if self.kind != "record":
             return self.kind
         text = f"record {self.file}:{self.line}, {self.time_us:.2f} us on {self.device!r}"
-        return text + (", of any such device: the target names none" if self.any_device else "")
+        if self.any_device:
+            return f"{text}, of any such device: the target names none"
+        return text if self.borrower is None else f"{text}, borrowed: {self.borrower!r} has none"
 
 
 # Part of a recorded time below which a predicted one is believed: of 104 problems on an H100 the

@@ -279,10 +279,37 @@ def test_only_the_named_device_counts(place):
     assert (anyone.origin.device, anyone.config.vector) == ("NVIDIA H200", 2)
     assert str(anyone.origin).endswith("of any such device: the target names none")
     assert anyone.missed == ()
-    assert str(select(PROBLEM, CudaTarget("sm_90", "NVIDIA GH200")).origin) == "heuristic"
     # sm_90a names the same GPU.
     assert select(PROBLEM, CudaTarget("sm_90a")).origin == anyone.origin
     assert str(select(PROBLEM, CudaTarget("sm_86")).origin) == "heuristic"
+
+
+def test_a_gpu_without_a_record_borrows_of_its_architecture(place, tmp_path, monkeypatch):
+    h200 = CudaTarget("sm_90a", "NVIDIA H200")
+    theirs = write(place, _simt(9.0, changed={"vector": 2}))
+    write(place, _simt(1.0, target=CudaTarget("sm_80", "NVIDIA A100")))
+    choice = select(PROBLEM, h200)
+    assert (choice.config.vector, choice.origin.device) == (2, "NVIDIA H100")
+    assert str(choice.origin) == (
+        f"record {theirs}:1, 9.00 us on 'NVIDIA H100', borrowed: 'NVIDIA H200' has none"
+    )
+    # One of its own counts, however slow, wherever it is, unless it is of no use.
+    own = replace(_simt(20.0, target=h200), versions={})
+    path = write(place, own)
+    choice = select(PROBLEM, h200)
+    assert choice.origin.device == "NVIDIA H100"
+    assert [miss.where for miss in choice.missed] == [f"{path}:1"]
+    monkeypatch.setenv("IM2WIN_TUNING_LOGS", f"{place}:{tmp_path / 'mine'}")
+    write(tmp_path / "mine", _simt(20.0, target=h200))
+    choice = select(PROBLEM, h200)
+    assert (choice.origin.time_us, choice.origin.borrower) == (20.0, None)
+    assert str(select(PROBLEM, CudaTarget("sm_86", "NVIDIA A10")).origin) == "heuristic"
+
+
+def test_processors_do_not_borrow(place):
+    """What is fast on one depends on its threads and vectors, which the architecture leaves open."""
+    write(place, make(1.0, changed=OTHER, device="another processor"))
+    assert str(select(PROBLEM, CPU).origin) == "heuristic"
 
 
 def test_a_target_names_the_gpu_that_is_here(monkeypatch):

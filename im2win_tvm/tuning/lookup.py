@@ -2,7 +2,8 @@
 
 Logs lie as `<place>/<device>/<name>.jsonl`. Places are asked in order: those of the environment
 variable IM2WIN_TUNING_LOGS, then what ships with the package. The first that has a usable record
-decides, since times from different places were not taken under the same conditions.
+decides, since times from different places were not taken under the same conditions. A GPU without a
+record of its own borrows from the others of its architecture.
 """
 
 from __future__ import annotations
@@ -103,9 +104,22 @@ def lines(place: Path, device: str | None) -> Iterator[tuple[Path, Line]]:
 def find(problem: ConvProblem, target: Target, schedules: Mapping[str, Schedule]) -> Found:
     """The usable records of a problem for these schedules, which support it on the target.
 
-    A target that names no device takes the records of every device of its architecture.
+    A target that names no device takes the records of every device of its architecture, and so does
+    a GPU that has none in any place: what is fast on one is as a rule fast on its siblings.
     """
     device = device_name(target)
+    found = _find(problem, target, device, schedules)
+    if found.best is None and device is not None and target.kind == "cuda":
+        borrowed = _find(problem, target, None, schedules)
+        if borrowed.best is not None:
+            return Found(borrowed.matches, found.missed)
+    return found
+
+
+def _find(
+    problem: ConvProblem, target: Target, device: str | None, schedules: Mapping[str, Schedule]
+) -> Found:
+    """`find` among the records of one device, or of all if it is None."""
     missed: list[Miss] = []
     for place in places():
         if place != SHIPPED and not os.path.isdir(place):
