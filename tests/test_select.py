@@ -307,7 +307,7 @@ def test_a_gpu_without_a_record_borrows_of_its_architecture(place, tmp_path, mon
 
 
 def test_processors_do_not_borrow(place):
-    """What is fast on one depends on its threads and vectors, which the architecture leaves open."""
+    """What is fast on one depends on its threads, which the architecture does not tell."""
     write(place, make(1.0, changed=OTHER, device="another processor"))
     assert str(select(PROBLEM, CPU).origin) == "heuristic"
 

@@ -21,9 +21,9 @@ from im2win_tvm.cli import app
 from im2win_tvm.schedules import SCHEDULES
 from im2win_tvm.select import select
 from im2win_tvm.target import CudaTarget
-from im2win_tvm.tuning import lookup, session
+from im2win_tvm.tuning import lookup, plan, session
 from im2win_tvm.tuning.measuring import Measurement, Measurer, TuningError
-from im2win_tvm.tuning.records import Record, read
+from im2win_tvm.tuning.records import Record, key_of, read
 from im2win_tvm.tuning.result import Result
 from im2win_tvm.tuning.search import Listed, RandomThenClimb
 
@@ -126,6 +126,31 @@ def test_tune_again_measures_what_is_recorded(tune, place, tmp_path):
         refused = tune("--again", *arguments)
         assert refused.exit_code == 2
         assert "--again: no record of these problems on this device" in refused.stderr
+
+
+def test_a_gpu_begins_with_what_others_of_its_architecture_have_on_record(place):
+    """After the heuristic's configuration in a search, and as all there is with --again."""
+    h200 = CudaTarget("sm_90a", "NVIDIA H200")
+    schedule = SCHEDULES["cuda_simt"]
+    default, configs = schedule.default(PROBLEM, h200), list(schedule.configs(PROBLEM, h200))
+    theirs = [config for config in configs if config != default][:5]
+    write(
+        place,
+        *(
+            make(9.0 - i, target=H100, schedule="cuda_simt", changed=asdict(config))
+            for i, config in enumerate(theirs)
+        ),
+        make(1.0, target=CudaTarget("sm_80", "NVIDIA A100"), schedule="cuda_simt"),
+    )
+    mine = make(99.0, target=h200, schedule="cuda_simt", changed=asdict(configs[-1]))
+    write(place, mine)
+    known = plan.elsewhere([PROBLEM], h200, [place])
+    assert known == {(key_of(PROBLEM), "cuda_simt"): theirs[:1:-1]}
+    search = plan.proposer(PROBLEM, "cuda_simt", h200, 16, seed=0, known=known)
+    assert search.propose(4, []) == [default, *theirs[:1:-1]]
+    found = plan.again([PROBLEM], h200, [place])[1]
+    assert found == {(key_of(PROBLEM), "cuda_simt"): [configs[-1], *reversed(theirs)]}
+    assert plan.elsewhere([PROBLEM], CPU, [place]) == {}
 
 
 def test_wrong_outputs_are_told_recorded_and_never_chosen(tune, place, monkeypatch):
@@ -299,7 +324,7 @@ def test_schedules_of_a_gpu_meet_in_one_last_round(place, monkeypatch):
         ((TEXT, "--schedule", "cuda_simt"), "allowed for llvm: cpu_blocked"),
         (("mb1ic4iw9oc4kw3",), "no schedule for llvm"),
         (("ic3",), "oc is missing"),
-        (("--again",), "--again: no record of these problems on this device in "),
+        (("--again",), "--again: no record of these problems on this device, or of "),
     ],
 )
 def test_refusals(tune, place, arguments, message):

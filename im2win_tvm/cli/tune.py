@@ -109,7 +109,8 @@ def tune(
         typer.Option(
             "--again",
             help="No search: measure the fastest --trials recorded configurations of each problem "
-            "again, also those of other versions. Default without PROBLEM: all that have records.",
+            "again, also those of other versions and of other GPUs of the architecture. Default "
+            "without PROBLEM: all that have records.",
         ),
     ] = False,
     verify_logs: Annotated[
@@ -152,15 +153,16 @@ def tune(
 ) -> None:
     """Search the fastest configurations of problems on this device, and record them.
 
-    The heuristic's configuration first, then those that a schedule's model ranks first, random
-    ones, and neighbours of the fastest. Every output is checked; the fastest are measured again as
-    `im2win bench` does. Whatever ends it, at most the trial under way is lost; --resume goes on.
-    Exits with 1 if an output was wrong, or a schedule had no right one.
+    The heuristic's configuration first, then the fastest on record of other GPUs of the
+    architecture, those that a schedule's model ranks first, random ones, and neighbours of the
+    fastest. Every output is checked; the fastest are measured again as `im2win bench` does.
+    Whatever ends it, at most the trial under way is lost; --resume goes on. Exits with 1 if an
+    output was wrong, or a schedule had no right one.
     """
     from ..target import resolve
     from ..tuning import curve, lookup, ranking
     from ..tuning.measuring import TuningError
-    from ..tuning.plan import Deadline, proposer, repeat
+    from ..tuning.plan import Deadline, elsewhere, proposer, repeat
     from ..tuning.plan import again as recorded_plans
     from ..tuning.plan import plans as plans_of
     from ..tuning.session import Session
@@ -201,8 +203,14 @@ def tune(
         proposed = partial(repeat, target=resolved, trials=trials, known=known)
     else:
         plans = plans_of(chosen, resolved, schedule, accuracy)
-        known = places if learn else None
-        proposed = partial(proposer, target=resolved, trials=trials, seed=seed, learn=known)
+        proposed = partial(
+            proposer,
+            target=resolved,
+            trials=trials,
+            seed=seed,
+            learn=places if learn else None,
+            known=elsewhere(chosen, resolved, places),
+        )
         if learn:
             ranking.require()
     interrupted, failed, shown, begun = False, False, 0, 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,20 +214,29 @@ def stale(
     return None
 
 
-def recorded(where: list[Path], target: Target) -> dict[tuple[ConvProblem, str], list[Any]]:
-    """By problem and schedule, the configurations measured on the target's device.
+def recorded(
+    where: list[Path], target: Target, problems: Collection[ConvProblem] = ()
+) -> dict[tuple[ConvProblem, str], list[Match]]:
+    """By problem and schedule, what was measured: on the target's device first, then elsewhere.
 
-    The fastest first, whatever version their records are of; those that the schedule of today
-    does not take are left out.
+    Elsewhere: on other GPUs of its architecture. Each the fastest first and each configuration
+    once, whatever version its record is of; those that the schedule of today does not take are left
+    out. problems: as `key_of` has them; none of them takes all.
     """
     found: dict[tuple[ConvProblem, str], dict[Any, Match]] = {}
-    here = {"kind": target.kind, "arch": arch_of(target)}
+    here, device = {"kind": target.kind, "arch": arch_of(target)}, device_name(target)
+
+    def order(match: Match) -> tuple:
+        return match.record.device != device, match.rank
+
     for place in where:
-        for path, (number, record) in lines(place, device_name(target)):
+        for path, (number, record) in lines(place, None if target.kind == "cuda" else device):
             if isinstance(record, str) or not record.passed or record.schedule not in SCHEDULES:
                 continue
             schedule, problem = SCHEDULES[record.schedule], record.key
-            if record.device != device_name(target) or record.target != here:
+            if record.target != here or (problems and problem not in problems):
+                continue
+            if target.kind != "cuda" and record.device != device:
                 continue
             if schedule.supports(problem, target) is not None:
                 continue
@@ -237,11 +246,9 @@ def recorded(where: list[Path], target: Target) -> dict[tuple[ConvProblem, str],
                 continue
             match = Match(record, config, path, number)
             known = found.setdefault((problem, record.schedule), {})
-            if config not in known or match.rank < known[config].rank:
+            if config not in known or order(match) < order(known[config]):
                 known[config] = match
-    return {
-        key: sorted(known, key=lambda config: known[config].rank) for key, known in found.items()
-    }
+    return {key: sorted(known.values(), key=order) for key, known in found.items()}
 
 
 def configuration(record: Record, schedule: Schedule, problem: ConvProblem, target: Target) -> Any:

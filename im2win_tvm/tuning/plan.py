@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..accuracy import accepted
+from ..environment import device_name
 from ..problem import ConvProblem
 from ..schedules import SCHEDULES
 from ..select import supporting
@@ -17,9 +18,12 @@ from . import ranking
 from .lookup import recorded
 from .measuring import TuningError
 from .records import key_of
-from .search import Listed, Proposer, RandomThenClimb, spread
+from .search import FEW, Listed, Proposer, RandomThenClimb, spread
 
-__all__ = ["Deadline", "Plan", "again", "plans", "proposer", "repeat"]
+__all__ = ["Deadline", "Plan", "again", "elsewhere", "plans", "proposer", "repeat"]
+
+#: Configurations by problem, as `key_of` has it, and schedule.
+Known = dict[tuple[ConvProblem, str], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -58,25 +62,43 @@ def proposer(
     trials: int,
     seed: int,
     learn: Iterable[Path] | None = None,
+    known: Known | None = None,
 ) -> Proposer:
     """The search of one schedule: the heuristic's choice, what its model says, chance, climbing.
 
+    known: what is tried right after the heuristic's (see `elsewhere`).
     learn: the folders of the records from which XGBoost learns what to take instead of climbing,
     beside the trials of the search itself (see `ranking.require`); None: it does not.
     """
     schedule = SCHEDULES[name]
     configs = list(schedule.configs(problem, target))
     default, explore = schedule.default(problem, target), -(-trials // 2)
-    first = [default]
+    theirs = (known or {}).get((key_of(problem), name), [])
+    first = [default, *theirs]
     cost = {config: schedule.estimate(problem, config, target) for config in configs}
     if None not in cost.values():
-        first += spread(sorted(configs, key=cost.__getitem__), explore // 2)
+        first += spread(sorted(configs, key=cost.__getitem__), max(0, explore // 2 - len(theirs)))
     # Half of the trials look around, half of these where a model points; the other half climb.
     if learn is None:
         return RandomThenClimb(first, configs, explore, seed)
-    known = ranking.samples(schedule, type(default), learn, target, problem)
-    cost |= {default: schedule.estimate(problem, default, target)}
-    return ranking.Learned(first, cost, explore, seed, problem, known)
+    samples = ranking.samples(schedule, type(default), learn, target, problem)
+    cost |= {config: schedule.estimate(problem, config, target) for config in first}
+    return ranking.Learned(first, cost, explore, seed, problem, samples)
+
+
+def elsewhere(problems: Iterable[ConvProblem], target: Target, places: list[Path]) -> Known:
+    """The fastest few configurations on other GPUs of the architecture.
+
+    What the device of the target has recorded itself does not count: a session that goes on would
+    begin with other configurations than the one that it continues.
+    """
+    device = device_name(target)
+    found = {}
+    for key, matches in recorded(places, target, {*map(key_of, problems)}).items():
+        theirs = [match.config for match in matches if match.record.device != device]
+        if theirs:
+            found[key] = theirs[:FEW]
+    return found
 
 
 def again(
@@ -85,23 +107,23 @@ def again(
     places: list[Path],
     schedule: str | None = None,
     accuracy: str | None = None,
-) -> tuple[list[Plan], dict[tuple[ConvProblem, str], list[Any]]]:
+) -> tuple[list[Plan], Known]:
     """What is recorded of these problems (of all, if there are none), this schedule and class.
 
-    Plans, and by problem and schedule the configurations, the fastest first. Raises TuningError
+    Plans, and the configurations, the fastest first. Raises TuningError
     where there is no record.
     """
-    wanted = [key_of(problem) for problem in problems]
+    wanted = {*map(key_of, problems)}
     found = {
-        (problem, name): configs
-        for (problem, name), configs in recorded(places, target).items()
+        (problem, name): [match.config for match in matches]
+        for (problem, name), matches in recorded(places, target, wanted).items()
         if schedule in (None, name)
-        and (not wanted or problem in wanted)
         and SCHEDULES[name].accuracy(problem) == accepted(problem.dtype, accuracy)[0]
     }
     if not found:
         raise TuningError(
-            f"--again: no record of these problems on this device in {', '.join(map(str, places))}"
+            "--again: no record of these problems on this device, or of another GPU of its "
+            f"architecture, in {', '.join(map(str, places))}"
         )
     names: dict[ConvProblem, list[str]] = {}
     for problem, name in found:
@@ -109,7 +131,7 @@ def again(
     return [Plan(problem, tuple(each)) for problem, each in names.items()], found
 
 
-def repeat(problem: ConvProblem, name: str, target: Target, trials: int, known: Any) -> Proposer:
+def repeat(problem: ConvProblem, name: str, target: Target, trials: int, known: Known) -> Proposer:
     """The heuristic's choice and the first of what `again` found."""
     default = SCHEDULES[name].default(problem, target)
     return Listed(list(dict.fromkeys([default, *known[problem, name]]))[:trials])

@@ -14,9 +14,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-__all__ = ["Listed", "Proposer", "RandomThenClimb", "Trial", "neighbours", "search", "spread"]
+__all__ = [
+    "FEW",
+    "Listed",
+    "Proposer",
+    "RandomThenClimb",
+    "Trial",
+    "neighbours",
+    "search",
+    "spread",
+]
 
-# Configurations whose neighbours are tried: more of them against local optima, fewer for depth.
+#: Configurations whose neighbours are tried: more of them against local optima, fewer for depth.
 FEW = 3
 
 
