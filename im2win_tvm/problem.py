@@ -6,6 +6,7 @@ import dataclasses
 import operator
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -126,7 +127,7 @@ class ConvProblem:
             for size, (before, after) in zip(self.input_size, self.padding, strict=True)
         )
 
-    @property
+    @cached_property  # models of the time ask for it thousands of times
     def output_size(self) -> tuple[int, ...]:
         """Outputs per spatial axis."""
         return tuple(
@@ -176,7 +177,7 @@ class ConvProblem:
         """Floating-point operations, 2 a multiply-add; taps on padding count, as is the custom."""
         return 2 * prod(self.output_shape) * self.k
 
-    @property
+    @cached_property
     def min_bytes(self) -> int:
         """Bytes that any implementation moves: input and weights read, output written, once."""
         elements = prod(self.input_shape) + prod(self.weight_shape) + prod(self.output_shape)
