@@ -15,7 +15,7 @@ from tuning_records import CPU, H100, PROBLEM, failed, make, write
 from typer.testing import CliRunner
 
 import im2win_tvm
-from im2win_tvm import Epilogue, toolchain
+from im2win_tvm import Epilogue, environment, toolchain
 from im2win_tvm.bench import timing
 from im2win_tvm.cli import app
 from im2win_tvm.schedules import SCHEDULES
@@ -253,7 +253,8 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     )
     until = time.monotonic() + 60
     # What is said of a trial comes after its record, and so before the record of the next one.
-    while len(_records(tmp_path)) < 2 and time.monotonic() < until:
+    log = tmp_path / environment.slug(environment.device_name(CPU)) / "cpu_blocked.jsonl"
+    while len(read(log)) < 2 and time.monotonic() < until:
         assert running.poll() is None, running.communicate()
         time.sleep(0.05)
     os.killpg(running.pid, signal.SIGINT)
