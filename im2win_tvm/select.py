@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from .accuracy import STRICT, accepted
 from .environment import device_name
+from .heuristic import heuristic
 from .problem import ConvProblem
 from .schedules import SCHEDULES, Schedule, ScheduleError
 from .target import Target
@@ -237,7 +238,7 @@ def _predicted(
     timed = {}
     for name, schedule in supported.items():
         if schedule.accuracy(problem) == wanted:
-            config = schedule.default(problem, target)
+            config = heuristic(schedule, problem, target)
             time = schedule.microseconds(problem, config, target)
             if time is None and schedule is first:
                 return name, config, {}
@@ -267,7 +268,7 @@ def _predicted_to_beat(
     best = None
     for name, schedule in unmeasured.items():
         if schedule.accuracy(problem) == recorded.accuracy(problem):
-            config = schedule.default(problem, target)
+            config = heuristic(schedule, problem, target)
             time = schedule.microseconds(problem, config, target)
             if (
                 time is not None
@@ -298,7 +299,7 @@ def _slower(found: Found, supported: dict[str, Schedule]) -> dict[str, str]:
 
 def _configuration(schedule: Schedule, problem: ConvProblem, target: Target, config: Any) -> Any:
     if isinstance(config, dict):
-        default = schedule.default(problem, target)
+        default = heuristic(schedule, problem, target)
         fields = vars(default)
         unknown = sorted(set(config) - set(fields))
         if unknown:

@@ -5,6 +5,7 @@ import platform
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 from . import cuda_driver
 
@@ -70,7 +71,7 @@ class CudaTarget:
 
     kind = "cuda"
 
-    @property
+    @cached_property
     def capability(self) -> int:
         """The number in the name: 90 for ``sm_90`` and ``sm_90a``."""
         return int(re.sub(r"\D", "", self.arch))

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from functools import lru_cache
 from math import prod
 
 from ..problem import ConvProblem
@@ -154,6 +155,7 @@ def cycles(g: Geometry, grid: int, target: CudaTarget) -> float:
     return _together(busy, _moved(g) / _DRAM + _LAUNCH) + _copied(g.problem)
 
 
+@lru_cache(maxsize=256)
 def _copied(problem: ConvProblem) -> float:
     """Of the copy before, if there is one."""
     if not is_needed(problem):

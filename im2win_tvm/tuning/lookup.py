@@ -8,7 +8,6 @@ record of its own borrows from the others of its architecture.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..environment import device_name, package_version, slug
+from ..heuristic import heuristic
 from ..problem import ConvProblem
 from ..schedules import SCHEDULES, Schedule
 from ..target import Target
@@ -257,7 +257,7 @@ def configuration(record: Record, schedule: Schedule, problem: ConvProblem, targ
     Raises RecordError unless it has exactly the fields of one, with values of their types, that
     the schedule's `check` accepts.
     """
-    default = _default(schedule, problem, target)
+    default = heuristic(schedule, problem, target)
     known = {entry.name: getattr(default, entry.name) for entry in fields(default)}
     for name in [*known, *record.config]:
         if (name in known) != (name in record.config):
@@ -279,12 +279,6 @@ def configuration(record: Record, schedule: Schedule, problem: ConvProblem, targ
     if reason is not None:
         raise RecordError(f"config: {reason}")
     return config
-
-
-@functools.lru_cache(maxsize=64)
-def _default(schedule: Schedule, problem: ConvProblem, target: Target) -> Any:
-    """The heuristic's configuration; some schedules weigh thousands for it."""
-    return schedule.default(problem, target)
 
 
 def arch_of(target: Target) -> str:

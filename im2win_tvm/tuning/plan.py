@@ -10,6 +10,7 @@ from typing import Any
 
 from ..accuracy import accepted
 from ..environment import device_name
+from ..heuristic import heuristic
 from ..problem import ConvProblem
 from ..schedules import SCHEDULES
 from ..select import supporting
@@ -72,7 +73,7 @@ def proposer(
     """
     schedule = SCHEDULES[name]
     configs = list(schedule.configs(problem, target))
-    default, explore = schedule.default(problem, target), -(-trials // 2)
+    default, explore = heuristic(schedule, problem, target), -(-trials // 2)
     theirs = (known or {}).get((key_of(problem), name), [])
     first = [default, *theirs]
     cost = {config: schedule.estimate(problem, config, target) for config in configs}
@@ -133,7 +134,7 @@ def again(
 
 def repeat(problem: ConvProblem, name: str, target: Target, trials: int, known: Known) -> Proposer:
     """The heuristic's choice and the first of what `again` found."""
-    default = SCHEDULES[name].default(problem, target)
+    default = heuristic(SCHEDULES[name], problem, target)
     return Listed(list(dict.fromkeys([default, *known[problem, name]]))[:trials])
 
 

@@ -25,6 +25,7 @@ from ..bench import timing
 from ..bench.run import limits_for
 from ..builds import Builder, Request, default_jobs
 from ..epilogue import NONE
+from ..heuristic import heuristic
 from ..kernel import Kernel
 from ..problem import ConvProblem
 from ..schedules import SCHEDULES
@@ -127,7 +128,7 @@ class Session:
         be measured.
         """
         results = [
-            Result(problem, name, asdict(SCHEDULES[name].default(problem, self._target)))
+            Result(problem, name, asdict(heuristic(SCHEDULES[name], problem, self._target)))
             for name in proposers
         ]
         self.results += results
