@@ -31,6 +31,7 @@ from .cuda_thin_tiles import (
     SYSTEM_BYTES,
     Config,
     Geometry,
+    overlap,
     registers,
 )
 
@@ -85,6 +86,9 @@ class CudaThin(Schedule):
             return f"producers={c.producers}: allowed are 1 and 2"
         if not isinstance(c.turns, bool):
             return f"turns={c.turns!r}: allowed are True and False"
+        reason = self.reason_of_pairs(problem, c)
+        if reason is not None:
+            return reason
         if c.blocks * c.threads > target.threads_per_multiprocessor:
             return f"blocks={c.blocks}: {c.blocks * c.threads} threads a multiprocessor"
         g = self.geometry(problem, c)
@@ -108,13 +112,24 @@ class CudaThin(Schedule):
     def geometry(self, problem: ConvProblem, config: Config) -> Geometry:
         return Geometry(problem, config)
 
+    def reason_of_pairs(self, problem: ConvProblem, config: Config) -> str | None:
+        """Why no words are in the windows of two pixels, one above the other; None if some are."""
+        if not isinstance(config.pairs, bool):
+            return f"pairs={config.pairs!r}: allowed are True and False"
+        if config.pairs and not overlap(problem):
+            return (
+                "pairs=True: allowed in NHWC where the windows of two output rows overlap, without "
+                "dilation"
+            )
+        return None
+
     def reason_of_registers(self, g: Geometry) -> str | None:
         """Why a thread has not enough of them, or None."""
         c, given = g.config, registers(g.config)
         room = min(given.consumer - OTHER_REGISTERS, given.launched - WGMMA_REGISTERS)
-        if c.sums + 8 * c.steps > room:
+        if c.sums + g.held > room:
             return (
-                f"steps={c.steps}: {c.sums} sums and {8 * c.steps} operands a thread, "
+                f"steps={c.steps}: {c.sums} sums and {g.held} operands a thread, "
                 f"there is room for {room}"
             )
         return None

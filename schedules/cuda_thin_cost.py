@@ -13,6 +13,7 @@ from .cuda_thin_tiles import (
     SYSTEM_BYTES,
     Config,
     Geometry,
+    overlap,
     registers,
 )
 from .hopper import WARPGROUP, WGMMA_M
@@ -34,15 +35,16 @@ def candidates(problem: ConvProblem) -> Iterator[Config]:
         most = min(_COPIED if g.by_copies else 8, g.most_rows)
         # Elements keep two warpgroups busy; warps that copy wait most of the time.
         producers = (1,) if g.by_copies else (1, 2)
-        for (warpgroups, blocks), rows, steps, producing, turns in itertools.product(
-            _CREWS, sorted({most, -(-most // 2)}), (4, 3, 2), producers, (True, False)
+        some = sorted({most, -(-most // 2)})
+        for (warpgroups, blocks), rows, steps, producing, turns, pairs in itertools.product(
+            _CREWS, some, (4, 3, 2), producers, (True, False), _pairs(problem)
         ):
             if turns and (warpgroups == 1 or blocks > 1):
                 continue  # nobody to take turns with, or others go on meanwhile
             fields = dict(warpgroups=warpgroups, rows=rows, steps=steps, blocks=blocks)
-            fields |= dict(producers=producing, turns=turns)
+            fields |= dict(producers=producing, turns=turns, pairs=pairs)
             g = Geometry(problem, Config(block_n, channels=channels, stages=2, **fields))
-            held = g.config.sums + 8 * steps
+            held = g.config.sums + g.held
             if steps > max(2, g.k_steps) or held > registers(g.config).consumer - _EPILOGUE:
                 continue
             stage = rows * g.pitch * 4
@@ -59,6 +61,11 @@ def _widths(problem: ConvProblem) -> list[int]:
     fewest = -(-eights // 32)
     parts = sorted({-(-eights // n) for n in (*(n * fewest for n in (1, 2, 4, 6, 8)), fewest + 1)})
     return [8 * part for part in parts]
+
+
+def _pairs(problem: ConvProblem) -> tuple[bool, ...]:
+    """Whether words of a window may be held for the one below."""
+    return (False, True) if overlap(problem) else (False,)
 
 
 def _channels(problem: ConvProblem) -> list[int]:
@@ -94,8 +101,8 @@ def cycles(g: Geometry, target: CudaTarget) -> float:
     parts = g.parts(target.multiprocessors)
     blocks = -(-parts * g.n_tiles // target.multiprocessors)  # one after the other or together
     tiles = -(-g.tiles // parts) * blocks
-    # A step reads 16 words a lane and the filter's columns from shared memory.
-    step = max(c.block_n / 2, 16 + c.block_n / 4)
+    # The filter's columns are read from shared memory, as a step's four words a lane are.
+    step = max(c.block_n / 2, 4 * g.loads / g.k_steps + c.block_n / 4)
     rows = tiles * WGMMA_M / g.columns * g.next_row + g.window_rows * blocks
     producing, waiting = _producing(g, rows)
     busy = _together(

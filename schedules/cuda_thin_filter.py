@@ -5,6 +5,7 @@ from tvm import te, tirx
 from ..problem import ConvProblem
 from .cuda_elementwise import elementwise
 from .cuda_thin_tiles import Config, Geometry
+from .cuda_thin_window import word_of
 from .hopper import ATOM_ROWS, ROW_BYTES
 
 
@@ -21,7 +22,8 @@ def prepare(problem: ConvProblem, config: Config):
     def element(tile, k_row, row, place, held):
         k = (k_row * (ROW_BYTES // 16) + (place ^ (row % ATOM_ROWS))) * chunk + held
         word, of_word = k // g.per_word, k % g.per_word
-        u, at = word // g.row_words, word % g.row_words * g.per_word + of_word
+        u, word = word_of(g, word)
+        at = word * g.per_word + of_word
         v, c = at // config.channels, at % config.channels
         o = tile * config.block_n + channel_of_row(g, row)
         value = w[o, c, u, v]

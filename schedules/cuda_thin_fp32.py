@@ -52,6 +52,11 @@ class CudaThinFp32(CudaThin):
     def geometry(self, problem, config):
         return SplitGeometry(problem, config)
 
+    def reason_of_pairs(self, problem, config):
+        if config.pairs is not False:
+            return f"pairs={config.pairs!r}: allowed is False"
+        return None
+
     def reason_of_registers(self, g):
         c, given = g.config, registers(g.config)
         if c.steps > MOST_STEPS:

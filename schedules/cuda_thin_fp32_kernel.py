@@ -20,7 +20,7 @@ from .cuda_thin_fp32_filter import packed_shape
 from .cuda_thin_fp32_rows import MeasuredElements, Pixels, RingWindow
 from .cuda_thin_fp32_split import Halves
 from .cuda_thin_fp32_tiles import PRODUCTS, STEP, WARPS, SplitGeometry
-from .cuda_thin_store import Store, pixel_of_row
+from .cuda_thin_store import Store, place_of_row
 from .cuda_thin_tiles import Config, registers
 from .cuda_thin_turns import InTurn
 from .cuda_thin_window import ring_row
@@ -212,7 +212,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
                 last: T.let = T.min(tile * WGMMA_M + WGMMA_M, g.pixels) - 1
                 reader.wait((ring_row(g, last) + g.window_rows - 1 - first_row) // c.rows + 1)
                 for half in T.unroll(2):
-                    pixels.find(half, T.min(tile * WGMMA_M + pixel_of_row(g, local, half), last),
+                    pixels.find(half, T.min(tile * WGMMA_M + place_of_row(g, local, half), last),
                                 first_row, thread % 4)
                 # 5. Products.
                 load(0)

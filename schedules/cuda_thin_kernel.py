@@ -14,11 +14,11 @@ from .base import ALIGNMENT
 from .cuda_thin_copies import Copier, Slots
 from .cuda_thin_filter import packed_filter
 from .cuda_thin_loads import Elements
-from .cuda_thin_store import Store, pixel_of_row
-from .cuda_thin_tiles import STEP_WORDS, Config, Geometry, registers
+from .cuda_thin_store import Store, place_of_row
+from .cuda_thin_tiles import Config, Geometry, registers
 from .cuda_thin_turns import InTurn
-from .cuda_thin_window import Window, first_word, ring_row, ring_slot
-from .hopper import ATOM_ROWS, ROW_BYTES, WARPGROUP, WGMMA_K_BYTES, WGMMA_M, Position, settle
+from .cuda_thin_window import first_word, ring_row, ring_slot, window_of
+from .hopper import ATOM_ROWS, ROW_BYTES, WARPGROUP, WGMMA_K_BYTES, Position, settle
 from .hopper import Ring as CopyRing
 
 # wgmma's name of the operands, and what follows its scales: B is not transposed.
@@ -49,6 +49,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
     GROUPS = -(-STEPS // EACH)  # of steps, whose operands are loaded together
     PASS = (GROUPS - 1) // 2  # the group after which another warpgroup may begin
     CHUNK_STEPS = ROW_BYTES // WGMMA_K_BYTES
+    PLACES = g.tile_places
 
     # fmt: off
     @T.prim_func
@@ -91,8 +92,8 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
         first_channel: T.let = n_tile * BLOCK_N
         first_tile: T.let = part * (TILES // PARTS) + T.min(part, TILES % PARTS)
         end_tile: T.let = first_tile + TILES // PARTS + T.if_then_else(part < TILES % PARTS, 1, 0)
-        first_row: T.let = ring_row(g, first_tile * WGMMA_M)
-        last_row: T.let = ring_row(g, T.min(end_tile * WGMMA_M, g.pixels) - 1) + g.window_rows - 1
+        first_row: T.let = ring_row(g, first_tile * PLACES)
+        last_row: T.let = ring_row(g, T.min(end_tile * PLACES, g.places) - 1) + g.read_rows - 1
         stages: T.let = (last_row - first_row) // c.rows + 1
         if thread == 0:
             weights.init()
@@ -137,10 +138,9 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](REGISTERS.consumer)
             local: T.let = thread % WARPGROUP
             sums = T.alloc_local((c.sums,), "float32")
-            # Operands of two groups of steps: one is loaded while the other is multiplied.
-            held = T.alloc_local((2 * EACH * 4,), "uint32")
             filter_view: T.let = weights.descriptor(ATOM_ROWS, 0)
-            window = Window(g)
+            # Operands of two groups of steps: one is loaded while the other is multiplied.
+            window = window_of(g)
             window.start(thread % 4)
             reader = rows.Reader(ring, thread % 32)
             reader.start()
@@ -148,16 +148,6 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
             turns = InTurn(CONSUMERS, warpgroup)
             tile: T.int32 = first_tile + warpgroup
             weights.wait(weights_at)
-
-            @T.inline
-            def load(group, low, high):
-                # Rows g and g + 8 of A, of a step's two fours of words.
-                for s in T.unroll(EACH):
-                    if group * EACH + s < STEPS:
-                        for r in T.unroll(4):
-                            held[(group % 2 * EACH + s) * 4 + r] = window.load(
-                                ring.data, T.if_then_else(r % 2 == 0, low, high),
-                                (group * EACH + s) * (STEP_WORDS // 4) + r // 2)
 
             @T.inline
             def multiply(group):
@@ -168,7 +158,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
                         step = T.meta_var(group * EACH + s)
                         T.ptx[WGMMA](
                             *[sums[i] for i in range(c.sums)],
-                            *[held[(group % 2 * EACH + s) * 4 + r] for r in range(4)],
+                            *[window.operand(group, s, r) for r in range(4)],
                             filter_view + T.Cast("uint64", (
                                 step // CHUNK_STEPS * (BLOCK_N * ROW_BYTES)
                                 + step % CHUNK_STEPS * WGMMA_K_BYTES) // 16),
@@ -180,25 +170,25 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
                 # Stages above the tile's rows, after the last tile all.
                 reader.give_back(T.if_then_else(
                     tile < end_tile,
-                    (ring_row(g, T.min(tile * WGMMA_M, g.pixels - 1)) - first_row) // c.rows,
+                    (ring_row(g, T.min(tile * PLACES, g.places - 1)) - first_row) // c.rows,
                     stages))
 
             give_back()
             while tile < end_tile:
-                # 4. The tile's rows, and in them the windows of this thread's two pixels. Pixels
+                # 4. The tile's rows, and in them the windows of this thread's two pixels. Places
                 #    beyond the last repeat it.
-                last: T.let = T.min(tile * WGMMA_M + WGMMA_M, g.pixels) - 1
-                reader.wait((ring_row(g, last) + g.window_rows - 1 - first_row) // c.rows + 1)
-                low_pixel = T.meta_var(T.min(tile * WGMMA_M + pixel_of_row(g, local, 0), last))
-                high_pixel = T.meta_var(T.min(tile * WGMMA_M + pixel_of_row(g, local, 1), last))
-                low: T.let = first_word(g, low_pixel, ring_slot(g, low_pixel, first_row))
-                high: T.let = first_word(g, high_pixel, ring_slot(g, high_pixel, first_row))
+                last: T.let = T.min(tile * PLACES + PLACES, g.places) - 1
+                reader.wait((ring_row(g, last) + g.read_rows - 1 - first_row) // c.rows + 1)
+                low_place = T.meta_var(T.min(tile * PLACES + place_of_row(g, local, 0), last))
+                high_place = T.meta_var(T.min(tile * PLACES + place_of_row(g, local, 1), last))
+                low: T.let = first_word(g, low_place, ring_slot(g, low_place, first_row))
+                high: T.let = first_word(g, high_place, ring_slot(g, high_place, first_row))
                 # 5. Products.
                 if c.turns:
                     if tile > first_tile:
                         turns.wait()
                 for group in T.unroll(GROUPS):
-                    load(group, low, high)
+                    window.fill(ring.data, group, low, high)
                     multiply(group)
                     if c.turns and group == PASS:
                         # Who has the next tile may begin: two multiply at a time.

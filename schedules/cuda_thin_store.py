@@ -31,11 +31,27 @@ class _At:
         return self._array[self._index]
 
 
-def pixel_of_row(g: Geometry, thread, half):
-    """Of the tile's 64 pixels the one that is the thread's row `half` of its fragments."""
-    lane_row = thread % 32 // 4
+def place_of_row(g: Geometry, thread, half):
+    """Of the tile's places the one that is the thread's row `half` of its fragments.
+
+    With pairs it is one place for both halves, and a warp's are eight of two warps' sixteen.
+    """
+    lane_row, warp = thread % 32 // 4, thread // 32
+    if g.config.pairs:
+        warp, half = warp // 2, warp % 2
     row = lane_row * 2 + half if g.interleaved else lane_row + half * 8
-    return thread // 32 * 16 + row
+    return warp * 16 + row
+
+
+def pixel_of(g: Geometry, place, half):
+    """The number of a pixel of a place, and whether there is one."""
+    if not g.config.pairs:
+        return place, place < g.pixels
+    image, within = split(place, g.image_places)
+    pair, column = split(within, g.columns)
+    row = pair * 2 + half
+    there = T.And(place < g.places, row < g.rows) if g.rows % 2 else place < g.places
+    return image * g.image_pixels + row * g.columns + column, there
 
 
 @T.meta_class
@@ -76,8 +92,11 @@ class Store:
     @T.inline
     def direct(self, tile, first_channel, thread, sums):
         for half in T.unroll(2):
-            pixel: T.let = tile * WGMMA_M + pixel_of_row(self.geometry, thread, half)
-            if pixel < self.geometry.pixels:
+            place = T.meta_var(
+                tile * self.geometry.tile_places + place_of_row(self.geometry, thread, half))
+            number, there = T.meta_var(pixel_of(self.geometry, place, half))
+            pixel: T.let = number
+            if there:
                 self.runs(runs(self.geometry), pixel, first_channel, thread % 4, half, sums)
 
     @T.inline
@@ -140,7 +159,7 @@ class Store:
             for j in T.unroll(each):
                 for i in T.unroll(4):
                     if part * each + j < eights:
-                        pixel = T.meta_var(pixel_of_row(self.geometry, thread, i // 2))
+                        pixel = T.meta_var(place_of_row(self.geometry, thread, i // 2))
                         column = T.meta_var(j * 8 + thread % 4 * 2 + i % 2)
                         self.staging[self.place(part, column, pixel)] = (
                             sums[(part * each + j) * 4 + i])

@@ -43,7 +43,8 @@ class Config:
     bytes a channel are whole words. rows: of the input in a stage of the ring. stages: of the ring.
     steps: of K for which a warpgroup loads operands ahead of the tensor cores. blocks: that share a
     multiprocessor. producers: warpgroups that bring input rows. turns: whether warpgroups begin to
-    multiply one after the other.
+    multiply one after the other. pairs: whether a thread's two pixels lie one above the other, so
+    that a word which is in both windows is loaded once.
     """
 
     block_n: int
@@ -55,6 +56,7 @@ class Config:
     blocks: int = 1
     producers: int = 1
     turns: bool = False
+    pairs: bool = False
 
     @property
     def threads(self) -> int:
@@ -88,7 +90,9 @@ class Geometry:
     """Sizes that follow from a problem and a configuration.
 
     Input rows are numbered as the ring takes them: of every image those that its outputs read,
-    padding included, one image after the other. Output pixels are numbered through all images too.
+    padding included, one image after the other. Outputs are numbered by places, through all images
+    too: a place is a pixel, or with `pairs` two in a column, of which the lower one may lie beyond
+    the image.
     """
 
     copies_rows = True  # where rows lie together in memory
@@ -111,10 +115,15 @@ class Geometry:
         self.per_word = 4 // p.itemsize  # elements
         self.rounded = p.dtype == "float32"  # to tf32, on the way to shared memory
 
-        # Input rows: of a window, from output row to output row, of an image.
+        # Input rows: of a window, from output row to output row, of a place, from place to place
+        # below, of an image.
+        self.pair = 2 if c.pairs else 1  # output rows of a place
+        place_rows = _ceil(self.rows, self.pair)
         self.window_rows = (self.taps_h - 1) * self.step_h + 1
         self.next_row = min(self.stride_h, self.window_rows)
-        self.image_rows = (self.rows - 1) * self.next_row + self.window_rows
+        self.read_rows = (self.pair - 1) * self.next_row + self.window_rows
+        self.next_place = self.pair * self.next_row
+        self.image_rows = (place_rows - 1) * self.next_place + self.read_rows
         # Columns: as many as outputs read, and those of them that are the input's.
         self.read_columns = (self.columns - 1) * self.stride_w + (self.taps_w - 1) * self.step_w + 1
         self.input_columns = max(0, min(self.width, self.read_columns - self.left))
@@ -131,23 +140,29 @@ class Geometry:
         self.copies = 2 if odd and any(start % 2 for start in starts) else 1
         self.copy_words = self.classes * (self.class_words + self.copies - 1)
 
-        # K in words: rows of a window one after the other, each in whole words.
+        # K in words: rows of a window one after the other, each in whole words. With pairs the
+        # fours that are whole ones of a row, then words beyond these, four rows at a time.
         window = self.taps_w * c.channels
         self.row_words = _ceil(window, self.per_word)
         self.odd = window % self.per_word == 1  # half of a row's last word is beyond the window
+        self.row_fours, self.row_rest = divmod(self.row_words, 4)
         self.k_words = self.taps_h * self.row_words
+        if c.pairs:
+            late = _ceil(self.taps_h, 4) * self.row_rest
+            self.k_words = 4 * (self.taps_h * self.row_fours + late)
         self.k_steps = _ceil(self.k_words, STEP_WORDS)
         self.k_chunks = _ceil(self.k_words, ROW_WORDS)
         self.filter_bytes = self.k_chunks * c.block_n * ROW_BYTES
 
         layout = _layout(
-            self.columns, self.rows, self.stride_w, self.next_row, c.channels, self.per_word,
+            self.columns, place_rows, self.stride_w, self.next_place, c.channels, self.per_word,
             self.classes, self.class_words, self.copies, self.copy_words,
         )  # fmt: skip
         self.pitch, self.interleaved = layout
-        # The ring's first rows stand behind its last ones once more: no window wraps round.
+        # The ring's first rows stand behind its last ones once more: no window wraps round. With
+        # pairs a row's words are found together, and may as well be at the other end.
         self.ring_rows = c.rows * c.stages
-        self.mirrored = self.window_rows - 1
+        self.mirrored = 0 if c.pairs else self.read_rows - 1
         self.ring_bytes = (self.ring_rows + self.mirrored) * self.pitch * 4
 
         # Rows that lie together in memory are copied, a stage's by one warp: slots for them, with
@@ -170,16 +185,20 @@ class Geometry:
 
         self.image_pixels = self.rows * self.columns
         self.pixels = self.batch * self.image_pixels
-        self.tiles = _ceil(self.pixels, WGMMA_M)
+        self.image_places = place_rows * self.columns
+        self.places = self.batch * self.image_places
+        self.tile_places = WGMMA_M // self.pair
+        self.tiles = _ceil(self.places, self.tile_places)
         self.n_tiles = _ceil(self.out_channels, c.block_n)
 
     @property
     def tile_rows(self) -> int:
         """Rows of the ring that a tile may need at once."""
-        crossed = min((WGMMA_M - 2) // self.columns + 1, self.batch * self.rows - 1)
-        images = min((WGMMA_M - 2) // self.image_pixels + 1, self.batch - 1)
-        further = self.window_rows - self.next_row
-        return crossed * self.next_row + self.window_rows + images * further
+        place_rows = self.places // self.columns
+        crossed = min((self.tile_places - 2) // self.columns + 1, place_rows - 1)
+        images = min((self.tile_places - 2) // self.image_places + 1, self.batch - 1)
+        further = self.read_rows - self.next_place
+        return crossed * self.next_place + self.read_rows + images * further
 
     @property
     def fewest_stages(self) -> int:
@@ -191,6 +210,22 @@ class Geometry:
         return max(2, _ceil(self.tile_rows + self.config.rows - 1, self.config.rows),
                    _ceil(self.mirrored, self.config.rows),
                    self.copiers if self.by_copies else 0)  # fmt: skip
+
+    @property
+    def loads(self) -> int:
+        """Words of shared memory that a thread loads for the operands of a tile."""
+        if not self.config.pairs:
+            return 4 * self.k_steps
+        whole = (self.taps_h + self.next_row) * self.row_fours
+        return whole + 2 * _ceil(self.taps_h, 4) * self.row_rest
+
+    @property
+    def held(self) -> int:
+        """Registers of a thread's operands: two groups of steps; with pairs also the words of the
+        upper window that the lower one's rows will need."""
+        if not self.config.pairs:
+            return 8 * self.config.steps
+        return self.next_row * self.row_fours + 6 * self.config.steps + 4
 
     @property
     def vector(self) -> int:
@@ -221,6 +256,13 @@ class Geometry:
         return min(self.tiles, max(1, multiprocessors * self.config.blocks // self.n_tiles))
 
 
+def overlap(problem: ConvProblem) -> bool:
+    """Whether windows of two output rows have words in common, as `Config.pairs` wants them."""
+    taps, stride = problem.kernel_size[0], problem.stride[0]
+    fits = stride < taps and problem.dilation[0] == 1 and problem.output_size[0] > 1
+    return fits and problem.channels_last
+
+
 def split(value, by: int):
     """Quotient and remainder of what is not negative, which unsigned division need not ask."""
     value, by = T.Cast("uint32", value), T.uint32(by)
@@ -231,11 +273,11 @@ def split(value, by: int):
 def _layout(
     columns, rows, stride_w, next_row, channels, per_word, classes, class_words, copies, copy_words
 ):  # fmt: skip
-    """Words from row to row, and which pixels are the rows of a fragment: those with the fewest
+    """Words from row to row, and which places are the rows of a fragment: those with the fewest
     bank conflicts.
 
-    A warp loads of eight pixels four words each. interleaved: rows g and g + 8 of a fragment are
-    pixels 2 g and 2 g + 1, else g and g + 8.
+    A warp loads of eight places four words each. interleaved: rows g and g + 8 of a fragment (with
+    pairs, rows g of a warp's and of the next one's) are places 2 g and 2 g + 1, else g and g + 8.
     """
     least = copies * copy_words
     best = None

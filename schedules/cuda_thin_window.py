@@ -11,23 +11,24 @@ they mean for a thread is in a few registers.
 
 from tvm.script import tirx as T
 
-from .cuda_thin_tiles import Geometry, split
+from .cuda_thin_pairs import PairWindow, word_of_pairs
+from .cuda_thin_tiles import STEP_WORDS, Geometry, split
 
 
-def ring_row(g: Geometry, pixel):
-    """The first row of a pixel's window, counted from the first of all."""
-    image, within = split(pixel, g.image_pixels)
-    return image * g.image_rows + split(within, g.columns)[0] * g.next_row
+def ring_row(g: Geometry, place):
+    """The first row of the window of a place, counted from the first of all."""
+    image, within = split(place, g.image_places)
+    return image * g.image_rows + split(within, g.columns)[0] * g.next_place
 
 
-def ring_slot(g: Geometry, pixel, first_row):
-    """The place in the ring of the first row of a pixel's window; `first_row` has place 0."""
-    return split(ring_row(g, pixel) - first_row, g.ring_rows)[1]
+def ring_slot(g: Geometry, place, first_row):
+    """Where in the ring the first row of a place's window is; `first_row` is at 0."""
+    return split(ring_row(g, place) - first_row, g.ring_rows)[1]
 
 
-def first_word(g: Geometry, pixel, slot):
-    """Of a pixel's window in the ring, whose first row is at `slot`."""
-    column, of_class = split(split(pixel, g.columns)[1] * g.stride_w, g.classes)
+def first_word(g: Geometry, place, slot):
+    """Of a place's window in the ring, whose first row is at `slot`."""
+    column, of_class = split(split(place, g.columns)[1] * g.stride_w, g.classes)
     at = column * g.config.channels
     odd = at % 2 if g.copies == 2 else 0
     words = g.class_words + g.copies - 1
@@ -41,10 +42,15 @@ def first_word(g: Geometry, pixel, slot):
 
 @T.meta_class
 class Window:
-    """Where a thread's words are, from the first word of its pixel's window on."""
+    """Where a thread's words are, from the first word of its pixel's window on.
 
-    def __init__(self, geometry: Geometry):
+    steps: of K whose operands are loaded together; those of two groups are held.
+    """
+
+    def __init__(self, geometry: Geometry, steps: int = 0):
         g = geometry
+        self.steps, self.each = g.k_steps, steps
+        self.held = T.alloc_local((max(1, 2 * steps * 4),), "uint32")
         self.row = g.row_words
         self.apart = g.step_h * g.pitch  # words from row to row of the window
         self.odd = g.odd
@@ -93,3 +99,29 @@ class Window:
         value = words[base + self.at[kind] + self.place(four * 4)]
         value = T.if_then_else(masked, T.bitwise_and(value, self.mask[kind]), value)
         return T.if_then_else(four * 4 < self.words, value, T.uint32(0))
+
+    @T.inline
+    def fill(self, words, group, low, high):
+        """The operands of a group: rows g and g + 8 of A, of a step's two fours of words."""
+        for s in T.unroll(self.each):
+            if group * self.each + s < self.steps:
+                for r in T.unroll(4):
+                    self.held[(group % 2 * self.each + s) * 4 + r] = self.load(
+                        words, T.if_then_else(r % 2 == 0, low, high),
+                        (group * self.each + s) * (STEP_WORDS // 4) + r // 2)
+
+    def operand(self, group, s, r):
+        """A register of the s-th step of a group."""
+        return self.held[(group % 2 * self.each + s) * 4 + r]
+
+
+def window_of(g: Geometry):
+    """Of a thread that multiplies."""
+    return (PairWindow if g.config.pairs else Window)(g, g.config.steps)
+
+
+def word_of(g: Geometry, word):
+    """Of a word of K the row of the window, and which of its words it is."""
+    if g.config.pairs:
+        return word_of_pairs(g, word)
+    return word // g.row_words, word % g.row_words

@@ -85,6 +85,33 @@ CASES = {
         dict(more=0, producers=2),
     ),
     "odd images": (P(input_size=(21, 21)), dict()),
+    "pairs, 11x11 stride 4": (
+        P(input_size=(31, 39), out_channels=96, kernel_size=11, stride=4, padding=0),
+        dict(warpgroups=3, rows=4, steps=3, pairs=True, layout="NHWC"),
+    ),
+    "pairs, 7x7 stem": (
+        P(input_size=(24, 33), kernel_size=7, padding=3),
+        dict(pairs=True, layout="NHWC", turns=True),
+    ),
+    "pairs, stride 1": (
+        P(stride=1, input_size=(9, 30), batch=3), dict(pairs=True, layout="NHWC", steps=1)
+    ),
+    "pairs, filled up": (
+        P(stride=1, input_size=(8, 30)), dict(pairs=True, layout="NHWC", channels=4)
+    ),
+    "pairs, whole fours": (
+        P(kernel_size=5, in_channels=8, stride=(3, 1)), dict(pairs=True, layout="NHWC", producers=2)
+    ),
+    "pairs, half a word at the end of a four": (
+        P(in_channels=3, kernel_size=(4, 5), input_size=(13, 40)), dict(pairs=True, layout="NHWC")
+    ),
+    "pairs, one word a row": (
+        P(in_channels=1, kernel_size=(5, 2), stride=2, batch=3, input_size=(13, 40)),
+        dict(pairs=True, layout="NHWC"),
+    ),
+    "pairs, many small images": (
+        P(batch=40, input_size=(5, 6), padding=0, stride=1), dict(pairs=True, layout="NHWC")
+    ),
 }
 
 
@@ -92,12 +119,16 @@ def cases() -> Iterator[tuple[str, ConvProblem, Config, Epilogue]]:
     """Each of the cases in one dtype and layout and with one epilogue, which take turns."""
     for turn, (name, (problem, fields)) in enumerate(CASES.items()):
         dtype, layout = tuple(FORMS)[turn % 3], ("NHWC", "NCHW")[turn // 3 % 2]
+        layout = fields.get("layout", layout)
         yield name, *case(problem, fields, dtype, layout), EPILOGUES[turn % 8]
 
 
 def case(problem: ConvProblem, fields: dict, dtype: str, layout: str):
     """A problem of CASES in another dtype and layout, and its configuration."""
     problem = problem.replace(dtype=dtype, layout=layout)
+    fields = {k: v for k, v in fields.items() if k != "layout"}
+    if layout != "NHWC":
+        fields["pairs"] = False
     if dtype == "float32":
         fields = {k: v for k, v in fields.items() if k != "channels"}
     return problem, config(problem, **fields)
