@@ -164,15 +164,13 @@ def search(
 ) -> list[Trial]:
     """Measure what `proposer` proposes: `most` configurations, `batch` at a time.
 
-    Ends before, between two trials, once `enough` says so.
+    Ends before, between two batches, once `enough` says so: what takes time is to build a batch,
+    and that is spent by the time its first trial is there.
     """
     trials: list[Trial] = []
     while len(trials) < most and not enough():
         proposed = proposer.propose(min(batch, most - len(trials)), trials)
         if not proposed:
             break
-        for trial in measure(proposed):
-            trials.append(trial)
-            if enough():
-                break
+        trials += measure(proposed)
     return trials

@@ -146,8 +146,6 @@ class Session:
         right: list[tuple[float, _Candidate]] = []
 
         def enough() -> bool:
-            if self._interrupted():
-                raise KeyboardInterrupt
             return seconds is not None and time.monotonic() - begun >= seconds
 
         def measure(configs: list[Any]) -> Iterator[Trial]:
@@ -167,6 +165,8 @@ class Session:
                 if record.passed:
                     right.append((record.time_us, candidate))
                 yield Trial(config, record.time_us)
+                if self._interrupted():
+                    raise KeyboardInterrupt
 
         self.watcher.search(result, trials)
         batch = max(self._builder.jobs, self._measurer.width)
