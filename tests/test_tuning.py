@@ -274,14 +274,18 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
 def test_schedules_of_a_gpu_meet_in_one_last_round(place, monkeypatch):
     """Without a GPU: what is built and measured is made up, all between is what runs there."""
     monkeypatch.setattr(toolchain, "nvcc_version", lambda: "13.0")
-    rounds = []
+    rounds, slow = [], {}
 
-    def build(self, result, configs):
-        return [session._Candidate(result, config, RuntimeError()) for config in configs]
+    def build(self, asked):
+        return [session._Candidate(*pair, RuntimeError()) for pair in asked]
 
     def measure(self, problem, candidates, limits):
         rounds.append([c.result.schedule for c in candidates])
-        cold = [500.0 - c.config.block_m - 150 * c.result.schedule.count("_") for c in candidates]
+        cold = [700.0 - c.config.block_m - 150 * c.result.schedule.count("_") for c in candidates]
+        if slow:
+            cold = [
+                us * slow.get(c.result.schedule, 1) for us, c in zip(cold, candidates, strict=True)
+            ]
         return [
             Measurement(None, True, 1e-7, "", {
                 "cold": timing.Times(us, 0.12345, 9), "hot": timing.Times(us / 2, 0.1, 9)
@@ -301,7 +305,9 @@ def test_schedules_of_a_gpu_meet_in_one_last_round(place, monkeypatch):
         proposers[name] = RandomThenClimb([default], configs, 10)
     with session.Session(H100, place, jobs=4) as running:
         running.tune(PROBLEM, proposers, 20)
-    assert rounds[:-1] == [["cuda_simt"]] * 20 + [["cuda_simt_explicit"]] * 20
+    # The first of each, as many more as are built together, and then one search after the other.
+    first, second = (["cuda_simt"], ["cuda_simt_explicit"])
+    assert rounds[:-1] == [second] + [first] * 20 + [second] * 19
     assert set(rounds[-1]) == set(names)
     choice = select(PROBLEM, H100)
     assert choice.schedule.name == "cuda_simt_explicit"
@@ -311,6 +317,23 @@ def test_schedules_of_a_gpu_meet_in_one_last_round(place, monkeypatch):
     assert record.versions["nvcc"] == "13.0"
     assert record.times["cold"]["iqr_us"] == 0.123
     assert list(record.times) == ["cold", "hot"]
+    # A schedule without hope has no second trial, and no part in the end.
+    rounds.clear()
+    slow["cuda_simt_explicit"] = 9.0
+    proposers = {
+        name: RandomThenClimb([SCHEDULES[name].default(PROBLEM, H100)], [], 10) for name in names
+    }
+    with session.Session(H100, place / "other", jobs=4) as running:
+        results = running.tune(PROBLEM, proposers, 20)
+        assert [result.tried for result in results] == [1, 1]
+        assert rounds == [second, first, first]
+        rounds.clear()
+        proposers = {
+            name: RandomThenClimb([SCHEDULES[name].default(PROBLEM, H100)], [], 10)
+            for name in names
+        }
+        running.tune(PROBLEM, proposers, 20, patient=True)
+        assert set(rounds[-1]) == set(names)
 
 
 @pytest.mark.parametrize(

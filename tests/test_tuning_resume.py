@@ -37,8 +37,8 @@ def made_up(monkeypatch):
     """Sessions without kernels: what is built and measured is made up, the rest is as ever."""
     measured = []
 
-    def build(self, result, configs):
-        return [session._Candidate(result, config, RuntimeError("made up")) for config in configs]
+    def build(self, asked):
+        return [session._Candidate(*pair, RuntimeError("made up")) for pair in asked]
 
     def measure(self, problem, candidates, limits):
         measured.extend(candidate.config for candidate in candidates)

@@ -44,16 +44,16 @@ def clock(monkeypatch):
 
 def test_a_deadline_is_shared_by_weight_and_what_is_left_goes_on(clock):
     deadline = Deadline(60.0, [1, 2, 3])
-    assert deadline.share(1) == 10.0
+    assert deadline.share() == 10.0
     clock[0] += 4  # six seconds early
-    assert deadline.share(2) == pytest.approx(56 * 2 / 5 / 2)
+    assert deadline.share() == pytest.approx(56 * 2 / 5)
     clock[0] += 50
     assert not deadline.over
-    assert deadline.share(1) == 6.0
+    assert deadline.share() == 6.0
     clock[0] += 7
     assert deadline.over
     endless = Deadline(None, [1])
-    assert (endless.share(1), endless.left, endless.over) == (None, None, False)
+    assert (endless.share(), endless.left, endless.over) == (None, None, False)
 
 
 def _play(board, clock, *entries):
@@ -169,12 +169,13 @@ def made_up(monkeypatch, tmp_path):
     monkeypatch.setenv(lookup.VARIABLE, str(tmp_path))
     tuned = []
 
-    def search(self, result, proposer, trials, seconds):
+    def search(self, searched, trials, seconds):
+        result = searched.result
         tuned.append((result.problem, seconds))
         result.tried = 1
         result.add(make(10.0 * result.problem.batch, problem=result.problem))
-        return []
 
+    monkeypatch.setattr(session.Session, "_open", lambda *others: None)
     monkeypatch.setattr(session.Session, "_search", search)
     return tuned
 

@@ -38,6 +38,7 @@ class _Row:
     trials: int
     best_us: float = inf
     heuristic_us: float = inf
+    ended: bool = False
 
     def speed(self) -> str:
         """The best against the heuristic's configuration, which is the baseline of a search."""
@@ -71,7 +72,7 @@ class Board(Watcher):
         self.doing = f"building {count} of {result.problem} {result.schedule}"
 
     def trial(self, result: Result, record: Record, replayed: bool) -> None:
-        row = self.rows[-1]
+        row = self._row(result)
         now = time.monotonic()
         if not replayed:
             self._spent, self._measured = self._spent + now - self._last, self._measured + 1
@@ -81,6 +82,9 @@ class Board(Watcher):
         if record.config == result.heuristic:
             row.heuristic_us = record.time_us
 
+    def ended(self, result: Result) -> None:
+        self._row(result).ended = True
+
     def finals(self, results: list[Result], count: int) -> None:
         self.doing = f"measuring the fastest {count} of {results[0].problem} again"
 
@@ -89,8 +93,8 @@ class Board(Watcher):
         limit = self._deadline.left
         if not self._measured:
             return limit
-        now = self.rows[-1].trials - self.rows[-1].result.tried
-        trials = now + self._trials * (self._searches - len(self.rows))
+        trials = sum(row.trials - row.result.tried for row in self.rows if not row.ended)
+        trials += self._trials * (self._searches - len(self.rows))
         seconds = trials * self._spent / self._measured
         return seconds if limit is None else min(seconds, limit)
 
@@ -98,6 +102,9 @@ class Board(Watcher):
         """The part of the rate that the device's measured ceilings allow."""
         floor = self._floor(row.result.problem, row.result.schedule)
         return "-" if floor is None or row.best_us == inf else f"{floor / row.best_us:.0%}"
+
+    def _row(self, result: Result) -> _Row:
+        return next(row for row in reversed(self.rows) if row.result is result)
 
     def clock(self) -> str:
         """Elapsed and remaining time."""
@@ -137,9 +144,9 @@ class _Log(Board):
         self._say(f"{result.problem} {result.schedule}: at most {trials} trials")
 
     def trial(self, result: Result, record: Record, replayed: bool) -> None:
-        before = self.rows[-1].best_us
+        row = self._row(result)
+        before = row.best_us
         super().trial(result, record, replayed)
-        row = self.rows[-1]
         where = f"{result.problem} {result.schedule} {result.tried}/{row.trials}"
         if row.best_us < before:
             text = f"best {microseconds(row.best_us)} us, {row.speed()} the heuristic"

@@ -159,8 +159,8 @@ class Deadline:
         """Whether nothing more should begin."""
         return self.left == 0.0
 
-    def share(self, parts: int) -> float | None:
-        """Seconds for each of so many equal parts of the next plan."""
+    def share(self) -> float | None:
+        """Seconds for the next plan."""
         weight, total = self._weights[0], sum(self._weights)
         del self._weights[0]
-        return None if self.left is None else self.left * weight / total / parts
+        return None if self.left is None else self.left * weight / total

@@ -85,5 +85,8 @@ class Watcher:
     def trial(self, result: Result, record: Record, replayed: bool) -> None:
         """A trial of a search is over; replayed: its record was there before."""
 
+    def ended(self, result: Result) -> None:
+        """A search is over: all its trials, its time, or no hope for it."""
+
     def finals(self, results: list[Result], count: int) -> None:
         """The fastest of these searches, so many, are measured again, by turns."""

@@ -161,13 +161,16 @@ def search(
     most: int,
     batch: int = 1,
     enough: Callable[[], bool] = lambda: False,
+    begun: Sequence[Trial] = (),
 ) -> list[Trial]:
     """Measure what `proposer` proposes: `most` configurations, `batch` at a time.
+
+    begun: trials that there were before, which count.
 
     Ends before, between two batches, once `enough` says so: what takes time is to build a batch,
     and that is spent by the time its first trial is there.
     """
-    trials: list[Trial] = []
+    trials = list(begun)
     while len(trials) < most and not enough():
         proposed = proposer.propose(min(batch, most - len(trials)), trials)
         if not proposed:

@@ -15,8 +15,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +42,17 @@ from .search import Proposer, Trial, search
 if TYPE_CHECKING:
     from .fleet import Fleet
 
-__all__ = ["FINALISTS", "SEARCH", "Session"]
+__all__ = ["FINALISTS", "HOPELESS", "SEARCH", "Session"]
 
 #: The time of a candidate during a search. A tenth of the full protocol's; it ranks candidates, and
 #: what it ranks first is measured again.
 SEARCH = timing.Limits(warmup=0.02, seconds=0.06, least=5, most=20)
 #: Configurations of each schedule that are measured again with the full protocol.
 FINALISTS = 4
+#: A schedule whose first configuration takes so many times as long as the fastest of all schedules
+#: has no other trial. Searches gain less than that over the heuristics; CUDA cores lose more than
+#: that against tensor cores.
+HOPELESS = 3.0
 
 # Bytes that have to be free where kernels are built: with less a build fails for that reason.
 _ROOM = 64 << 20
@@ -62,6 +67,29 @@ class _Candidate:
     result: Result
     config: Any
     built: Kernel | Exception | None = None
+
+
+@dataclass(eq=False)
+class _Search:
+    """The search of one schedule, and what came of it so far: its trials, and what was right."""
+
+    result: Result
+    proposer: Proposer
+    trials: list[Trial] = field(default_factory=list)
+    right: list[tuple[float, _Candidate]] = field(default_factory=list)
+
+    @property
+    def best_us(self) -> float:
+        return min((trial.time_us for trial in self.trials), default=inf)
+
+    def finalists(self) -> list[_Candidate]:
+        """The fastest, and the heuristic's if it is none of them."""
+        ranked = [candidate for _, candidate in sorted(self.right, key=lambda pair: pair[0])]
+        return ranked[:FINALISTS] + [
+            candidate
+            for candidate in ranked[FINALISTS:]
+            if asdict(candidate.config) == self.result.heuristic
+        ]
 
 
 class Session:
@@ -109,6 +137,11 @@ class Session:
         self._measurer.close()
         self._builder.close()
 
+    @property
+    def _batch(self) -> int:
+        """Configurations that are built at once."""
+        return max(self._builder.jobs, self._measurer.width)
+
     def log(self, schedule: str) -> Path:
         """Where the records of a schedule go."""
         return self._folder / f"{schedule}.jsonl"
@@ -119,64 +152,94 @@ class Session:
         proposers: Mapping[str, Proposer],
         trials: int,
         seconds: float | None = None,
+        together: float | None = None,
+        patient: bool = False,
     ) -> list[Result]:
         """Search the configurations of one problem; the result of each schedule.
 
-        proposers: by schedule. trials: most configurations of each schedule; seconds: no further
-        trial of them is begun after so long. Raises OSError where a record cannot be written or
-        nothing can be built for want of room on a disk, and TuningError where the problem cannot
-        be measured.
+        proposers: by schedule. trials: most configurations of each schedule. No further trial is
+        begun of a schedule after so many `seconds`, of the problem after so many `together`.
+        patient: schedules that seem hopeless have all their trials, too (see HOPELESS). Raises
+        OSError where a record cannot be written or nothing can be built for want of room on a
+        disk, and TuningError where the problem cannot be measured.
         """
-        results = [
-            Result(problem, name, asdict(heuristic(SCHEDULES[name], problem, self._target)))
-            for name in proposers
+        begun = time.monotonic()
+        searches = [
+            _Search(
+                Result(problem, name, asdict(heuristic(SCHEDULES[name], problem, self._target))),
+                proposer,
+            )
+            for name, proposer in proposers.items()
         ]
+        results = [each.result for each in searches]
         self.results += results
+        for result in results:
+            self.watcher.search(result, trials)
+        self._open(searches, trials)
+        fastest = min(each.best_us for each in searches)
+        waiting = [each for each in searches if patient or each.best_us <= HOPELESS * fastest]
+        for each in searches:
+            if each not in waiting:
+                self.watcher.ended(each.result)
         finalists: list[_Candidate] = []
-        for result, proposer in zip(results, proposers.values(), strict=True):
-            finalists += self._search(result, proposer, trials, seconds)
+        for index, each in enumerate(waiting):
+            least, spent = inf, time.monotonic() - begun
+            if seconds is not None:
+                least = seconds - spent if each is searches[0] else seconds
+            if together is not None:
+                least = min(least, (together - spent) / (len(waiting) - index))
+            self._search(each, trials, least)
+            self.watcher.ended(each.result)
+            finalists += each.finalists()
         self._finals(results, finalists)
         return results
 
-    def _search(
-        self, result: Result, proposer: Proposer, trials: int, seconds: float | None
-    ) -> list[_Candidate]:
-        """Search one schedule; its finalists."""
-        begun = time.monotonic()
-        right: list[tuple[float, _Candidate]] = []
+    def _open(self, searches: list[_Search], trials: int) -> None:
+        """The first trial of every schedule, and of the preferred one as many as are one batch.
 
-        def enough() -> bool:
-            return seconds is not None and time.monotonic() - begun >= seconds
+        Built at once, they take hardly longer than one kernel; and what comes of them tells which
+        schedules are worth more.
+        """
+        preferred, *others = searches
+        asked = [(each, config) for each in others for config in each.proposer.propose(1, [])]
+        count = min(trials, max(1, self._batch - len(others)))
+        self._try([*asked, *((preferred, each) for each in preferred.proposer.propose(count, []))])
+
+    def _search(self, searched: _Search, trials: int, seconds: float) -> None:
+        """The other trials of one schedule."""
+        begun = time.monotonic()
 
         def measure(configs: list[Any]) -> Iterator[Trial]:
-            known = [self._known(result, config, "search") for config in configs]
-            missing = [config for config, record in zip(configs, known, strict=True) if not record]
-            measured = self._measured(result, missing)
-            for config, record in zip(configs, known, strict=True):
-                result.tried += 1
-                candidate = _Candidate(result, config)
-                if record:
-                    result.replayed += 1
-                    result.add(record)
-                else:
-                    candidate, measurement = next(measured)
-                    record = self._note(candidate, measurement, "search")
-                self.watcher.trial(result, record, candidate.built is None)
-                if record.passed:
-                    right.append((record.time_us, candidate))
-                yield Trial(config, record.time_us)
-                if self._interrupted():
-                    raise KeyboardInterrupt
+            known = len(searched.trials)
+            self._try([(searched, config) for config in configs])
+            return iter(searched.trials[known:])
 
-        self.watcher.search(result, trials)
-        batch = max(self._builder.jobs, self._measurer.width)
-        search(proposer, measure, trials, batch, enough)
-        ranked = [candidate for _, candidate in sorted(right, key=lambda pair: pair[0])]
-        return ranked[:FINALISTS] + [
-            candidate
-            for candidate in ranked[FINALISTS:]
-            if asdict(candidate.config) == result.heuristic
-        ]
+        def enough() -> bool:
+            return time.monotonic() - begun >= seconds
+
+        search(searched.proposer, measure, trials, self._batch, enough, searched.trials)
+
+    def _try(self, asked: list[tuple[_Search, Any]]) -> None:
+        """Trials of some configurations, in order; those of an earlier session are looked up."""
+        known = [self._known(each.result, config, "search") for each, config in asked]
+        missing = [pair for pair, record in zip(asked, known, strict=True) if not record]
+        measured = self._measured([(each.result, config) for each, config in missing])
+        for (each, config), record in zip(asked, known, strict=True):
+            result = each.result
+            result.tried += 1
+            candidate = _Candidate(result, config)
+            if record:
+                result.replayed += 1
+                result.add(record)
+            else:
+                candidate, measurement = next(measured)
+                record = self._note(candidate, measurement, "search")
+            self.watcher.trial(result, record, candidate.built is None)
+            each.trials.append(Trial(config, record.time_us))
+            if record.passed:
+                each.right.append((record.time_us, candidate))
+            if self._interrupted():
+                raise KeyboardInterrupt
 
     def _finals(self, results: list[Result], finalists: list[_Candidate]) -> None:
         """Measure the fastest again, those of all schedules by turns."""
@@ -189,15 +252,11 @@ class Session:
                 waiting.append(candidate)
         if not waiting:
             return
-        for result in results:  # those whose search an earlier session had measured
-            places = [
-                place
-                for place, candidate in enumerate(waiting)
-                if candidate.built is None and candidate.result is result
-            ]
-            built = self._build(result, [waiting[place].config for place in places])
-            for place, candidate in zip(places, built, strict=True):
-                waiting[place] = candidate
+        # Those whose search an earlier session had measured.
+        places = [place for place, candidate in enumerate(waiting) if candidate.built is None]
+        pairs = [(waiting[place].result, waiting[place].config) for place in places]
+        for place, candidate in zip(places, self._build(pairs), strict=True):
+            waiting[place] = candidate
         self.watcher.finals(results, len(waiting))
         measured = self._measure(results[0].problem, waiting, self._limits)
         for candidate, measurement in zip(waiting, measured, strict=True):
@@ -207,31 +266,39 @@ class Session:
         return self._replay.get(result.schedule, result.problem, asdict(config), protocol)
 
     def _measured(
-        self, result: Result, configs: list[Any]
+        self, asked: list[tuple[Result, Any]]
     ) -> Iterator[tuple[_Candidate, Measurement]]:
         """Candidates of these configurations, each measured alone, in order."""
-        built = self._build(result, configs)
+        built = self._build(asked)
+        if not asked:
+            return
+        problem = asked[0][0].problem
         if isinstance(self._measurer, Measurer):
             # Nothing is built while something is measured: builds take every processor.
             for candidate in list(built):
-                yield candidate, self._measure(result.problem, [candidate], SEARCH)[0]
+                yield candidate, self._measure(problem, [candidate], SEARCH)[0]
             return
         from .streaming import stream
 
-        yield from stream(self._measurer, result.problem, built, SEARCH, _unbuilt)
+        yield from stream(self._measurer, problem, built, SEARCH, _unbuilt)
 
-    def _build(self, result: Result, configs: list[Any]) -> Iterator[_Candidate]:
-        if not configs:
+    def _build(self, asked: list[tuple[Result, Any]]) -> Iterator[_Candidate]:
+        if not asked:
             return iter(())
-        self.watcher.building(result, len(configs))
-        problem = result.problem
-        accuracy = SCHEDULES[result.schedule].accuracy(problem)  # what was asked for is its name
+        self.watcher.building(asked[0][0], len(asked))
         requests = [
-            Request(problem, self._target, result.schedule, config, accuracy=accuracy)
-            for config in configs
+            Request(
+                result.problem,
+                self._target,
+                result.schedule,
+                config,
+                # What was asked for is its name.
+                accuracy=SCHEDULES[result.schedule].accuracy(result.problem),
+            )
+            for result, config in asked
         ]
         built = self._builder.build(requests)
-        return (_Candidate(result, *pair) for pair in zip(configs, built, strict=True))
+        return (_Candidate(*pair, kernel) for pair, kernel in zip(asked, built, strict=True))
 
     def _measure(
         self, problem: ConvProblem, candidates: list[_Candidate], limits: timing.Limits

@@ -1,0 +1,45 @@
+"""Records of other problems: what is fast there may be fast here, where nothing was measured.
+
+A neighbour has the same filter, stride, dilation, groups, dtype and layout; its batch, channels and
+image differ. How far it is away is told in octaves: 1 for each doubling or halving of one of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from ..problem import ConvProblem
+
+__all__ = ["distance", "nearest"]
+
+
+def distance(one: ConvProblem, other: ConvProblem) -> float | None:
+    """Octaves between two problems; None where they are no neighbours.
+
+    Batch, input channels and output channels count with their ratio, the images with that of their
+    areas. Padding does not count.
+    """
+    if _fixed(one) != _fixed(other):
+        return None
+    return sum(abs(math.log2(a / b)) for a, b in zip(_varying(one), _varying(other), strict=True))
+
+
+def nearest(problem: ConvProblem, others: Iterable[ConvProblem]) -> list[tuple[float, ConvProblem]]:
+    """The neighbours among `others` with their distances, the nearest first; not itself."""
+    found = [(distance(problem, other), other) for other in others if other != problem]
+    known = [(octaves, other) for octaves, other in found if octaves is not None]
+    return sorted(known, key=lambda entry: (entry[0], str(entry[1])))
+
+
+def _fixed(problem: ConvProblem) -> tuple[Any, ...]:
+    return (
+        problem.kernel_size, problem.stride, problem.dilation, problem.dtype, problem.layout,
+        problem.groups if problem.groups < problem.in_channels else "depthwise",
+    )  # fmt: skip
+
+
+def _varying(problem: ConvProblem) -> tuple[int, ...]:
+    area = math.prod(problem.output_size)
+    return problem.batch, problem.in_channels, problem.out_channels, area
