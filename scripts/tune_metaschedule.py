@@ -3,16 +3,19 @@
 
     python scripts/tune_metaschedule.py --layers conv9,conv12 --trials 32 --seconds 60
     python scripts/tune_metaschedule.py mb1ic16ih16oc32kh3 --target llvm --expressions im2win
+    python scripts/tune_metaschedule.py --dry-run mb1ic16ih16oc32kh3     # no GPU needed
 
 For each layer in turn: a search over the im2win expressions, whose fastest are checked and measured
 like any configuration and recorded in tuning_logs/<device>/<cpu or cuda>_metaschedule.jsonl, where
-`im2win_tvm.compile` finds them; then one over conv2d, for the competitor `tvm-tuned`. Everything is
-written as it is found. Side by side with the hand-written schedules afterwards:
+`im2win_tvm.compile` finds them; then one over conv2d, for the competitor `tvm-tuned`, whose best
+goes to tuning_logs/<device>/metaschedule/<problem>/ with where it came from. What has records is
+passed over unless --again is given. Everything is written as it is found. Side by side with the
+hand-written schedules afterwards:
 
     im2win bench --suite paper --mb 128 --against metaschedule,tvm-tuned
 
 Needs `pip install 'im2win_tvm[tune]'`, and for --target cuda a GPU and nvcc or cuda-bindings. Exits
-with 1 if a search found nothing that runs.
+with 1 if something has no record in the end, time or not.
 """
 
 from __future__ import annotations
@@ -30,10 +33,12 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.getenv(
 
 from im2win_tvm import suites  # noqa: E402
 from im2win_tvm.bench import metaschedule_tuning  # noqa: E402
+from im2win_tvm.bench.baselines.metaschedule import folder, has_records  # noqa: E402
 from im2win_tvm.bench.run import limits_for  # noqa: E402
 from im2win_tvm.problem import ConvProblem, ProblemError  # noqa: E402
 from im2win_tvm.target import Target, TargetError, resolve  # noqa: E402
-from im2win_tvm.tuning import metaschedule  # noqa: E402
+from im2win_tvm.tuning import lookup, metaschedule  # noqa: E402
+from im2win_tvm.tuning.records import key_of  # noqa: E402
 from im2win_tvm.tuning.session import Session  # noqa: E402
 
 EXPRESSIONS = ("im2win", "conv2d")
@@ -48,11 +53,30 @@ def chosen(asked: argparse.Namespace, kind: str) -> dict[str, ConvProblem]:
         }
     batch = asked.batch or (128 if kind == "cuda" else 1)
     every = suites.suite(asked.suite, batch, asked.dtype, asked.layout)
-    names = list(every) if asked.layers is None else asked.layers.split(",")
+    if asked.layers is None:
+        return every
+    names = [name.strip() for name in asked.layers.split(",")]
     for name in names:
         if name not in every:
             sys.exit(f"layers={name!r}: allowed: {', '.join(every)}")
     return {name: every[name] for name in names}
+
+
+def recorded(problem: ConvProblem, expression: str, target: Target, asked) -> bool:
+    """Whether there is a record of a search over this expression."""
+    if expression == "conv2d":
+        return has_records(folder(problem, target, asked.out))
+    name = metaschedule.schedule_of(asked.space, target)
+    return (key_of(problem), name) in lookup.recorded([asked.out], target)
+
+
+def dry_run(problems: dict[str, ConvProblem], trials: int) -> None:
+    """Build candidates of conv2d; exit with 1 where one cannot be built."""
+    for name, problem in problems.items():
+        tried, built = metaschedule_tuning.dry_run(problem, trials)
+        print(f"{name}: {built} of {tried} candidates built", flush=True)
+        if tried == 0 or built < tried:
+            sys.exit(1)
 
 
 def searched(
@@ -129,7 +153,13 @@ def main() -> None:
         "--time-limit", type=float, help="seconds of each measurement; default: as im2win bench"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", action="store_true", help="what has records, too")
     parser.add_argument("--out", type=Path, default=ROOT / "tuning_logs")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help=f"build conv2d's for {metaschedule_tuning.DRY_RUN_ARCH}, time and keep none",
+    )
     asked = parser.parse_args()
     expressions = asked.expressions.split(",")
     for name in expressions:
@@ -139,19 +169,25 @@ def main() -> None:
         if getattr(asked, field) < 1:
             parser.error(f"{field}={getattr(asked, field)}: allowed: whole numbers from 1")
     try:
-        target = resolve(asked.target)
-        problems = chosen(asked, target.kind)
+        target = None if asked.dry_run else resolve(asked.target)
+        problems = chosen(asked, "cuda" if target is None else target.kind)
     except (ProblemError, TargetError) as error:  # each names field, value and what is allowed
         sys.exit(f"error: {error}")
-    missing = metaschedule_tuning.missing_packages()
+    missing = metaschedule_tuning.missing_packages(asked.dry_run)
     if missing:
         sys.exit(f"error: {missing}")
+    if target is None:
+        dry_run(problems, asked.trials)
+        return
     begun, failed = time.monotonic(), []
     limits = limits_for(target, asked.time_limit)
     with Session(target, asked.out, limits=limits) as session:
         for name, problem in problems.items():
             for expression in expressions:
                 label, start = f"{name} {expression}", time.monotonic()
+                if not asked.again and recorded(problem, expression, target, asked):
+                    print(f"{label}: has records in {asked.out}", flush=True)
+                    continue
                 if asked.total_seconds is not None and start - begun >= asked.total_seconds:
                     failed.append(label)
                     continue
@@ -164,7 +200,7 @@ def main() -> None:
                 seconds = time.monotonic() - start
                 print(f"{label}: {best_us:.1f} us; searched for {seconds:.0f} s", flush=True)
     if failed:
-        sys.exit(f"without a new record: {', '.join(failed)}")
+        sys.exit(f"without a record: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

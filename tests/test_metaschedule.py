@@ -22,7 +22,7 @@ from im2win_tvm.bench.run import run
 from im2win_tvm.problem import ConvProblem
 from im2win_tvm.target import CudaTarget, resolve
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "tune_tvm_baseline.py"
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "tune_metaschedule.py"
 BRIEF = timing.Limits(warmup=0.001, seconds=0.001, least=1, most=3)
 PROBLEM = ConvProblem(2, 6, (9, 8), 10, 3, stride=2, padding=((0, 1), (2, 1)), groups=2)
 LLVM = resolve("llvm")
@@ -120,7 +120,8 @@ def test_bench_against_tuned_and_untuned(logs):
     assert statuses == [["ok", "ok"], ["ok", "absent"]]
     assert untuned["implementations"][1]["reason"] == (
         "no MetaSchedule records of it in tuning_logs for this device: python "
-        f"scripts/tune_tvm_baseline.py {other} --target llvm --dtype float32 --layout NCHW"
+        f"scripts/tune_metaschedule.py --expressions conv2d {other} --target llvm "
+        "--dtype float32 --layout NCHW"
     )
 
 
@@ -129,8 +130,8 @@ def test_the_command_that_fills_a_suite():
 
     layer = suite("paper", 128, "float16", "NHWC")["conv9"]
     assert metaschedule.fill_command(layer, CudaTarget("sm_90")) == (
-        "python scripts/tune_tvm_baseline.py --suite paper --batch 128 --target cuda "
-        "--dtype float16 --layout NHWC"
+        "python scripts/tune_metaschedule.py --expressions conv2d --suite paper --batch 128 "
+        "--target cuda --dtype float16 --layout NHWC"
     )
 
 

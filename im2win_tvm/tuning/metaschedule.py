@@ -25,7 +25,7 @@ from .search import Listed
 from .session import FINALISTS, Result, Session
 from .templates import CpuBlockedTemplate
 
-__all__ = ["SPACES", "found", "tune"]
+__all__ = ["SPACES", "found", "schedule_of", "tune"]
 
 #: The rules of TVM, or a schedule that is a template.
 SPACES = ("rules", CpuBlockedTemplate.name)
@@ -50,9 +50,7 @@ def tune(
     """
     if space not in SPACES:
         raise TuningError(f"space={space!r}: allowed: {', '.join(SPACES)}")
-    name = space
-    if space == "rules":
-        name = "cpu_metaschedule" if target.kind == "llvm" else "cuda_metaschedule"
+    name = schedule_of(space, target)
     reason = SCHEDULES[name].supports(problem, target)
     if reason is not None:
         raise TuningError(f"{problem}: {reason}")
@@ -60,6 +58,13 @@ def tune(
     configs = found(problem, target, trials, per_round, deadline, seed, space, **machinery)
     (result,) = session.tune(problem, {name: Listed(configs)}, len(configs))
     return result
+
+
+def schedule_of(space: str, target: Target) -> str:
+    """The schedule whose configurations a space has."""
+    if space != "rules":
+        return space
+    return "cpu_metaschedule" if target.kind == "llvm" else "cuda_metaschedule"
 
 
 def found(

@@ -40,7 +40,7 @@ __all__ = [
 #: Records that ship, where those of the package's own schedules do.
 TUNING_LOGS = lookup.SHIPPED
 PROVENANCE = "provenance.jsonl"
-SCRIPT = "python scripts/tune_tvm_baseline.py"
+SCRIPT = "python scripts/tune_metaschedule.py --expressions conv2d"
 _FILES = ("database_workload.json", "database_tuning_record.json")
 # What Relax calls the function that computes R.nn.conv2d.
 _NAME = "conv2d"
