@@ -89,6 +89,15 @@ class Builder:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def begin(self) -> None:
+        """Start the processes: each imports TVM, for seconds in which a caller may do other things.
+
+        Without it they start with the first request.
+        """
+        if self.jobs > 1:
+            for _ in range(self.jobs):
+                self._started().submit(_import)
+
     def build(self, requests: Iterable[Request]) -> Iterator[Kernel | Exception]:
         """As `build_all`. A process that ends while it builds costs that kernel alone."""
         if self.jobs == 1:
@@ -168,6 +177,10 @@ def _build(request: Request) -> Kernel:
 
 def _library(folder: tempfile.TemporaryDirectory) -> Path:
     return Path(folder.name) / "kernel.so"
+
+
+def _import() -> None:
+    """In the other process: nothing, once this module is there."""
 
 
 def _build_to(request: Request, path: Path) -> Exception | None:

@@ -22,7 +22,14 @@ from .target import CpuTarget, CudaTarget
 
 # What generated host code begins with, after its includes.
 _HOST = "#define TVM_DLL TVM_FFI_DLL_EXPORT"
-_ONCE = Path(__file__).parent / "native" / "cuda_host.cuh"
+_NATIVE = Path(__file__).parent / "native"
+_ONCE = _NATIVE / "cuda_host.cuh"
+# C++ headers that it includes, and what stands in for both.
+_HEADERS = (
+    "#include <tvm/ffi/extra/cuda/device_guard.h>\n",
+    "#include <tvm/ffi/function.h>\n",
+)
+_FFI = _NATIVE / "cuda_host_ffi.cuh"
 # Allocated by this package, like the workspaces: they keep TVM's alignment, a cache line.
 _OURS = ("packed",)
 
@@ -172,12 +179,16 @@ def cuda_source(module: tvm.IRModule, target: CudaTarget) -> str:
     with _source_only(), tvm_target:
         executable = tvm.compile(module, target=tvm_target, tir_pipeline=_PIPELINE)
     source = export_cuda_host(executable.mod)
+    for line in (_HOST, *_HEADERS):
+        if line not in source:
+            raise RuntimeError(
+                f"TVM's CUDA source has no line {line.strip()!r}: this is for TVM 0.27"
+            )
+    source = source.replace(_HEADERS[0], _FFI.read_text()).replace(_HEADERS[1], "")
     if "cuTensorMapEncodeTiled" not in source:
         return source
     # The driver's function would be linked with its library, and called at every call.
     kernels, host, functions = source.rpartition(_HOST)
-    if not host:
-        raise RuntimeError(f"TVM's CUDA source has no line {_HOST!r}: this is for TVM 0.27")
     return kernels + _ONCE.read_text() + host + functions
 
 

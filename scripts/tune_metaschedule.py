@@ -88,7 +88,12 @@ def searched(
         from tvm.s_tir import meta_schedule as ms
 
         machinery["strategy"] = ms.search_strategy.EvolutionarySearch(
-            population_size=asked.population, init_measured_ratio=0.2, genetic_num_iters=3
+            population_size=asked.population,
+            init_measured_ratio=0.2,
+            # Most samples are no kernels: with TVM's own numbers a small population never begins.
+            init_min_unmeasured=min(50, max(asked.trials_per_round, asked.population // 8)),
+            max_fail_count=40,
+            genetic_num_iters=3,
         )
     if expression == "im2win":
         result = metaschedule.tune(

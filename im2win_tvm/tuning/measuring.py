@@ -247,5 +247,6 @@ def _checked(output: Any, call: Any, operands: Operands, accuracy: str) -> Measu
 
 
 def first_line(error: Exception) -> str:
-    """An error in one line, its type first."""
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    """An error in one line, its type first; of one that announces others, the last of them."""
+    first, *others = f"{type(error).__name__}: {error}".strip().splitlines()
+    return f"{first} {others[-1].strip()}" if others and first.endswith(":") else first

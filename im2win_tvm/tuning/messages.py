@@ -46,8 +46,10 @@ class Description:
 
     @classmethod
     def of(cls, text: str) -> Description:
-        """From JSON. Raises MessageError."""
+        """From JSON. Raises MessageError, with the reason where the server has no device."""
         data = _object(text)
+        if "refused" in data:
+            raise MessageError(_take(data, "refused", str))
         strings = {
             name: _take(data, name, str) for name in ("host", "kind", "arch", "device", "version")
         }

@@ -23,12 +23,13 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import tvm_ffi
 from tvm.rpc import server as rpc_server
 
-from .. import __version__, environment
-from ..target import KINDS, resolve
+from .. import __version__, environment, processes
+from ..target import KINDS, Target, TargetError, resolve
 from .lookup import arch_of
 from .measuring import Measurer, TuningError
 from .messages import DESCRIBE, MEASURE, Asked, Description, answer
@@ -47,6 +48,7 @@ class Service:
 
     def __init__(self, kind: str | None = None) -> None:
         self._kind = kind
+        self._target: Target | None = None
         self._measurer: Measurer | None = None
 
     def register(self) -> None:
@@ -55,9 +57,11 @@ class Service:
         tvm_ffi.register_global_func(MEASURE, self.measure, override=True)
 
     def describe(self) -> str:
-        """A Description as JSON. Raises TargetError where there is no device of the kind."""
-        # Only here: a process that has asked the CUDA driver cannot be forked into sessions.
-        target = resolve(self._kind)
+        """A Description as JSON, or why there is none: no device of the kind is here."""
+        try:
+            target = self._here()
+        except TargetError as error:
+            return answer(str(error))
         return Description(
             host=socket.gethostname(),
             process=os.getpid(),
@@ -80,8 +84,20 @@ class Service:
 
     def _started(self) -> Measurer:
         if self._measurer is None:
-            self._measurer = Measurer(resolve(self._kind).kind)
+            self._measurer = Measurer(self._here().kind)
         return self._measurer
+
+    def _here(self) -> Target:
+        """The target of this machine. Raises TargetError where there is none of the kind.
+
+        Asked in a process that was not forked: TVM and PyTorch may have begun to use CUDA when
+        they were imported, and then it does not work in what is forked from there.
+        """
+        if self._target is None:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, context, processes.begin) as asking:
+                self._target = asking.submit(resolve, self._kind).result()
+        return self._target
 
 
 def address(text: str) -> tuple[str, int]:

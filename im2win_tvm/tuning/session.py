@@ -131,6 +131,7 @@ class Session:
         self.results: list[Result] = []
 
     def __enter__(self) -> Session:
+        self._builder.begin()
         return self
 
     def __exit__(self, *error: object) -> None:
