@@ -23,7 +23,7 @@ from im2win_tvm.tuning import fleet as fleets
 from im2win_tvm.tuning import messages, records, remote, server, session
 from im2win_tvm.tuning.fleet import Fleet
 from im2win_tvm.tuning.lookup import arch_of
-from im2win_tvm.tuning.measuring import Measurement, TuningError
+from im2win_tvm.tuning.measuring import Measurement, TuningError, first_line
 from im2win_tvm.tuning.result import Watcher
 from im2win_tvm.tuning.search import Listed
 
@@ -228,6 +228,19 @@ def test_a_server_loads_what_was_uploaded_and_nothing_else(name):
     text = messages.Asked(PROBLEM, [name], BRIEF).text()
     with pytest.raises(messages.MessageError, match="allowed: the name of an uploaded file"):
         messages.Asked.of(text)
+
+
+def test_a_server_without_a_device_says_so(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    answer = server.Service("cuda").describe()
+    with pytest.raises(messages.MessageError, match="there is no CUDA device here"):
+        messages.Description.of(answer)
+
+
+def test_an_error_that_announces_others_is_told_with_the_last():
+    error = RuntimeError("Error caught from RPC call:\nTraceback:\n  TargetError: arch=None")
+    assert first_line(error) == ("RuntimeError: Error caught from RPC call: TargetError: arch=None")
+    assert first_line(ValueError("one\ntwo")) == "ValueError: one"
 
 
 @pytest.mark.parametrize("text", ["host", "host:", ":1", "host:0", "host:65536", "host:x"])
