@@ -14,8 +14,8 @@ from .cuda_depthwise_mma_tiles import CHUNK, LINES, MULTIPLICANDS, WARP, WIDE, C
 
 # Threads of a block that packs the filter.
 THREADS = 256
-# Of float32: the largest finite number, and a NaN's bits.
-LARGEST, NAN = 3.4028234663852886e38, 0x7FC00000
+# Bits of float32: infinity, whose exponent NaNs have too; and a NaN.
+INFINITY, NAN = 0x7F800000, 0x7FC00000
 
 
 def prepare(problem: ConvProblem, config: Config):
@@ -54,7 +54,9 @@ def prepare(problem: ConvProblem, config: Config):
                 for u in T.serial(g.taps_h):
                     for v in T.serial(g.taps_w):
                         tap: T.let = T.Cast("float32", w[channel, 0, u, v])
-                        if T.Not(T.And(tap <= LARGEST, tap >= -LARGEST)):
+                        # By its bits: TVM takes "not less" for "greater", and NaN is neither.
+                        if T.bitwise_and(T.reinterpret("uint32", tap),
+                                         T.uint32(INFINITY)) == T.uint32(INFINITY):
                             value[0] = T.reinterpret("float32", T.uint32(NAN))
             packed[channel, element] = T.Cast(DTYPE, value[0])
     # fmt: on

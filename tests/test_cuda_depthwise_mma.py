@@ -46,6 +46,18 @@ def test_nan_and_infinity_reach_the_outputs_that_read_them_and_no_others(problem
     assert_nan_and_infinity_stay_local(FORM, problem.replace(dtype="bfloat16"))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
+def test_nan_and_infinity_of_a_tap_reach_outputs_that_multiply_it_by_padding(value):
+    """Parts of the Toeplitz matrix beyond the input's columns are not multiplied."""
+    made = tensors.fill(LAST, "integer", 3)
+    made.w[12, 0, 0, 0] = value
+    expected = reference.conv2d(made.x, made.w, LAST)
+    given = {"x": made.x, "w": made.w}
+    actual = emulate.run(SCHEDULE, LAST, Config(8, 1, 2), HOPPER, given, NONE)
+    np.testing.assert_array_equal(actual.astype("float64"), expected)
+    assert np.isnan(actual[..., 12]).any() and np.isfinite(np.delete(actual, 12, -1)).all()
+
+
 def test_an_infinite_input_leaves_its_neighbours_finite():
     """Without the second computation zeros of the Toeplitz matrix would make them NaN."""
     made = tensors.fill(LAST, "integer", 3)
