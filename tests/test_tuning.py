@@ -293,6 +293,7 @@ def test_schedules_of_a_gpu_meet_in_one_last_round(place, monkeypatch):
             for us in cold
         ]  # fmt: skip
 
+    monkeypatch.setattr(session.Builder, "begin", lambda self: None)
     monkeypatch.setattr(session.Session, "_build", build)
     monkeypatch.setattr(session.Session, "_measure", measure)
     for schedule in SCHEDULES.values():  # the times here are made up

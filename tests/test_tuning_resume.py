@@ -44,6 +44,7 @@ def made_up(monkeypatch):
         measured.extend(candidate.config for candidate in candidates)
         return [_made_up(candidate.config) for candidate in candidates]
 
+    monkeypatch.setattr(session.Builder, "begin", lambda self: None)
     monkeypatch.setattr(session.Session, "_build", build)
     monkeypatch.setattr(session.Session, "_measure", measure)
     return measured
