@@ -17,13 +17,13 @@ from ..problem import ConvProblem
 from . import cuda_thin_rows as rows
 from .base import ALIGNMENT
 from .cuda_thin_fp32_filter import packed_shape
-from .cuda_thin_fp32_rows import MeasuredElements, Pixels, RingWindow
+from .cuda_thin_fp32_rows import MeasuredElements, Pixels
 from .cuda_thin_fp32_split import Halves
 from .cuda_thin_fp32_tiles import PRODUCTS, STEP, WARPS, SplitGeometry
 from .cuda_thin_store import Store, place_of_row
 from .cuda_thin_tiles import Config, registers
 from .cuda_thin_turns import InTurn
-from .cuda_thin_window import ring_row
+from .cuda_thin_window import RingWindow, ring_row
 from .hopper import ATOM_ROWS, ROW_BYTES, WARPGROUP, WGMMA_K_BYTES, WGMMA_M, Position, settle
 from .hopper import Ring as CopyRing
 
