@@ -26,7 +26,6 @@ from .cuda_thin_cost import CLOCK, candidates, cycles
 from .cuda_thin_filter import prepare
 from .cuda_thin_kernel import convolve
 from .cuda_thin_tiles import (
-    BLOCK_BYTES,
     MULTIPROCESSOR_BYTES,
     SYSTEM_BYTES,
     Config,
@@ -86,6 +85,8 @@ class CudaThin(Schedule):
             return f"producers={c.producers}: allowed are 1 and 2"
         if not isinstance(c.turns, bool):
             return f"turns={c.turns!r}: allowed are True and False"
+        if not isinstance(c.by_copies, bool):
+            return f"by_copies={c.by_copies!r}: allowed are True and False"
         reason = self.reason_of_pairs(problem, c)
         if reason is not None:
             return reason
@@ -99,8 +100,8 @@ class CudaThin(Schedule):
             return f"rows={c.rows}: allowed are 1 to {g.most_rows}"
         if c.stages < g.fewest_stages:
             return f"stages={c.stages}: a tile needs {g.fewest_stages}"
-        taken = c.blocks * (g.shared_bytes + SYSTEM_BYTES)
-        if g.shared_bytes > BLOCK_BYTES or taken > MULTIPROCESSOR_BYTES:
+        if not g.fits:
+            taken = c.blocks * (g.shared_bytes + SYSTEM_BYTES)
             return (
                 f"block_n={c.block_n}, stages={c.stages}: {taken} bytes of "
                 f"{MULTIPROCESSOR_BYTES}, shared memory"

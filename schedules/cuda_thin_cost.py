@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 
 from ..problem import ConvProblem
@@ -24,35 +25,59 @@ _CREWS = ((4, 1), (3, 1), (2, 1), (1, 1), (2, 2), (1, 2), (1, 3), (1, 4))
 _COPIED = 4
 # Stages more than a tile needs: room for other warpgroups' tiles, and for the producer's lead.
 _MORE = (8, 4, 2, 1)
+# Bytes of a stage's two mbarriers.
+_BARRIERS = 16
 # Registers of a thread beside sums and operands that no epilogue spills with, by nvcc 13.0.
 _EPILOGUE = 40
 
 
 def candidates(problem: ConvProblem) -> Iterator[Config]:
     """Configurations for a problem; some are not valid."""
-    for block_n, channels in itertools.product(_widths(problem), _channels(problem)):
-        g = Geometry(problem, Config(block_n, 1, channels, 1, 2))
+    for block_n, channels, pairs in itertools.product(
+        _widths(problem), _channels(problem), _pairs(problem)
+    ):
+        first = Config(block_n, 1, channels, 1, 2, pairs=pairs)
+        crowded = _crowded(problem, first)
+        g = Geometry(problem, replace(first, by_copies=not crowded))
         most = min(_COPIED if g.by_copies else 8, g.most_rows)
         # Elements keep two warpgroups busy; warps that copy wait most of the time.
         producers = (1,) if g.by_copies else (1, 2)
         some = sorted({most, -(-most // 2)})
-        for (warpgroups, blocks), rows, steps, producing, turns, pairs in itertools.product(
-            _CREWS, some, (4, 3, 2), producers, (True, False), _pairs(problem)
+        for (warpgroups, blocks), rows, steps, producing, turns in itertools.product(
+            _CREWS, some, (4, 3, 2), producers, (True, False)
         ):
             if turns and (warpgroups == 1 or blocks > 1):
                 continue  # nobody to take turns with, or others go on meanwhile
             fields = dict(warpgroups=warpgroups, rows=rows, steps=steps, blocks=blocks)
-            fields |= dict(producers=producing, turns=turns, pairs=pairs)
+            fields |= dict(producers=producing, turns=turns, pairs=pairs, by_copies=not crowded)
             g = Geometry(problem, Config(block_n, channels=channels, stages=2, **fields))
             held = g.config.sums + g.held
             if steps > max(2, g.k_steps) or held > registers(g.config).consumer - _EPILOGUE:
                 continue
-            stage = rows * g.pitch * 4
-            room = min(BLOCK_BYTES, MULTIPROCESSOR_BYTES // blocks - SYSTEM_BYTES) - 1024
-            room -= g.shared_bytes - 2 * stage
             # As many stages as there is room for, up to what others' tiles can use.
-            more = next((m for m in _MORE if (g.fewest_stages + m) * stage <= room), 0)
-            yield Config(block_n, channels=channels, stages=g.fewest_stages + more, **fields)
+            stage, fewest = rows * g.pitch * 4, g.fewest_stages
+            room = min(BLOCK_BYTES, MULTIPROCESSOR_BYTES // blocks - SYSTEM_BYTES)
+            room -= g.shared_bytes - g.ring_bytes
+            if crowded:
+                room -= _BARRIERS * (fewest + max(_MORE))
+            else:
+                room -= 1024 + g.mirrored * g.pitch * 4
+            more = next((m for m in _MORE if (fewest + m) * stage <= room), 0)
+            config = Config(block_n, channels=channels, stages=fewest + more, **fields)
+            if more > 0 or crowded or pairs or not Geometry(problem, config).wraps:
+                yield config
+
+
+def _crowded(problem: ConvProblem, config: Config) -> bool:
+    """Whether the filter leaves no room for slots of copies beside a ring whose first rows are
+    there twice, where that is wanted, in NHWC.
+
+    Then threads bring elements: rows in the ring are worth more than slots (3x11x11 in TF32 on an
+    H200: 104 us with 30 rows, 114 with 26 and slots; 143 with half of the channels at a time).
+    """
+    config = replace(config, stages=Geometry(problem, config).fewest_stages)
+    g = Geometry(problem, config)
+    return problem.channels_last and (not g.fits or (g.wraps and not config.pairs))
 
 
 def _widths(problem: ConvProblem) -> list[int]:

@@ -9,21 +9,20 @@ the first ones have sums of their own, in which nothing is lost; the others meet
 
 import math
 
-from tvm import tirx
 from tvm.script import tirx as T
 
 from ..epilogue import Epilogue
 from ..problem import ConvProblem
 from . import cuda_thin_rows as rows
-from .base import ALIGNMENT
+from .cuda_thin_arrays import load_bias, with_arrays_of
 from .cuda_thin_fp32_filter import packed_shape
-from .cuda_thin_fp32_rows import MeasuredElements, Pixels, RingWindow
+from .cuda_thin_fp32_rows import MeasuredElements, Pixels
 from .cuda_thin_fp32_split import Halves
 from .cuda_thin_fp32_tiles import PRODUCTS, STEP, WARPS, SplitGeometry
 from .cuda_thin_store import Store, place_of_row
 from .cuda_thin_tiles import Config, registers
 from .cuda_thin_turns import InTurn
-from .cuda_thin_window import ring_row
+from .cuda_thin_window import RingWindow, ring_row
 from .hopper import ATOM_ROWS, ROW_BYTES, WARPGROUP, WGMMA_K_BYTES, WGMMA_M, Position, settle
 from .hopper import Ring as CopyRing
 
@@ -102,14 +101,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
             T.ptx.fence.proxy.async_.shared__cta()
         ring.clear(thread, c.threads)
         if epilogue.bias:
-            for i in T.unroll((BLOCK_N + c.threads - 1) // c.threads):
-                channel: T.let = i * c.threads + thread
-                if channel < BLOCK_N:
-                    added[channel] = T.if_then_else(
-                        first_channel + channel < problem.out_channels,
-                        T.Cast("float32", bias[T.min(first_channel + channel,
-                                                     problem.out_channels - 1)]),
-                        T.float32(0))
+            load_bias(g, bias, added, first_channel, thread)
         T.cuda.cta_sync()
 
         weights_at = Position(1)
@@ -248,8 +240,4 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
                 store.run(done, first_channel, local, sums)
     # fmt: on
 
-    unused = ("" if epilogue.bias else "bias", "" if epilogue.residual else "residual")
-    parameters = [p for p in function.params if p.name not in unused]
-    function = tirx.PrimFunc(parameters, function.body, function.ret_type, function.attrs)
-    wide = g.vector * problem.itemsize
-    return function.with_attr(ALIGNMENT, {"y": wide, "residual": wide})
+    return with_arrays_of(epilogue, function, g)

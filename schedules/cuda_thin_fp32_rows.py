@@ -2,7 +2,6 @@
 
 A window's numbers have one scale: that of the largest finite number in the rows of its taps. Who
 brings a row has it in registers and finds its largest; who reads a window looks at a few of these.
-Rows are in the ring once: a window may go on from its last row to its first.
 """
 
 # Bodies of inline functions are parsed as TIRx.
@@ -11,7 +10,7 @@ from tvm.script import tirx as T
 
 from .cuda_thin_fp32_tiles import WARPS, SplitGeometry
 from .cuda_thin_loads import Elements
-from .cuda_thin_window import Window, first_word, ring_slot
+from .cuda_thin_window import first_word, ring_slot
 from .cuda_window_fp32_split import apart, exponent, inverse
 
 # Added to the bits of a magnitude this makes numbers above zero of the finite ones, and negative
@@ -47,28 +46,6 @@ class MeasuredElements(Elements):
             T.ptx["redux_sync.max.s32"](self.top, self.top, T.uint32(0xFFFFFFFF))
             if self.thread % 32 == 0:
                 self.tops[slot * WARPS + self.thread // 32] = T.Cast("uint32", self.top - _LEAST)
-
-
-@T.meta_class
-class RingWindow(Window):
-    """A thread's words of a window that wraps round."""
-
-    def __init__(self, geometry: SplitGeometry):
-        super().__init__(geometry)
-        self.end = geometry.ring_bytes // 4
-
-    def load(self, words, base, four):
-        """This thread's word of a four, of a pixel whose window begins at `base`."""
-        begin, last = four * 4 % self.row, T.And(four == self.words // 4, self.rest > 0)
-        kind = T.if_then_else(last, self.kinds, T.max(begin - self.first, 0))
-        place = self.place(four * 4)
-        # Of fours that lie in one row the row's first word tells, for all of them.
-        crosses = T.Or(begin + 3 >= self.row, last)
-        tells = T.if_then_else(crosses, self.at[kind] + place, four * 4 // self.row * self.apart)
-        first = base - T.if_then_else(base + tells >= self.end, self.end, 0)
-        at = first + self.at[kind] + place
-        value = T.if_then_else(last, T.bitwise_and(words[at], self.mask[kind]), words[at])
-        return T.if_then_else(four * 4 < self.words, value, T.uint32(0))
 
 
 @T.meta_class

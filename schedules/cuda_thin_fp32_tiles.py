@@ -31,9 +31,8 @@ class SplitGeometry(Geometry):
     def __init__(self, problem: ConvProblem, config: Config):
         super().__init__(problem, config)
         self.rounded = False
-        # Windows wrap round: beside two images of the filter no row is twice in the ring.
-        self.mirrored = 0
-        self.ring_bytes = self.ring_rows * self.pitch * 4
+        # Beside two images of the filter no row is twice in the ring.
+        self.wraps = True
         self.halves = 2 if problem.k >= LEAST_K else 3
         self.k_steps = -(-self.k_words // STEP)
         self.k_chunks = -(-self.k_words // ROW_HALVES)

@@ -4,13 +4,12 @@
 
 import math
 
-from tvm import tirx
 from tvm.script import tirx as T
 
 from ..epilogue import Epilogue
 from ..problem import ConvProblem
 from . import cuda_thin_rows as rows
-from .base import ALIGNMENT
+from .cuda_thin_arrays import load_bias, with_arrays_of
 from .cuda_thin_copies import Copier, Slots
 from .cuda_thin_filter import packed_filter
 from .cuda_thin_loads import Elements
@@ -105,14 +104,7 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
         # What was initialised is to be seen by the copy engine, and below by all threads.
         T.ptx.fence.proxy.async_.shared__cta()
         if epilogue.bias:
-            for i in T.unroll((BLOCK_N + c.threads - 1) // c.threads):
-                channel: T.let = i * c.threads + thread
-                if channel < BLOCK_N:
-                    added[channel] = T.if_then_else(
-                        first_channel + channel < problem.out_channels,
-                        T.Cast("float32", bias[T.min(first_channel + channel,
-                                                     problem.out_channels - 1)]),
-                        T.float32(0))
+            load_bias(g, bias, added, first_channel, thread)
         T.cuda.cta_sync()
 
         weights_at = Position(1)
@@ -207,8 +199,4 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue, parts: in
                 store.run(done, first_channel, local, sums)
     # fmt: on
 
-    unused = ("" if epilogue.bias else "bias", "" if epilogue.residual else "residual")
-    parameters = [p for p in function.params if p.name not in unused]
-    function = tirx.PrimFunc(parameters, function.body, function.ret_type, function.attrs)
-    wide = g.vector * problem.itemsize
-    return function.with_attr(ALIGNMENT, {"y": wide, "residual": wide})
+    return with_arrays_of(epilogue, function, g)

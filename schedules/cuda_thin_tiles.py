@@ -44,7 +44,8 @@ class Config:
     steps: of K for which a warpgroup loads operands ahead of the tensor cores. blocks: that share a
     multiprocessor. producers: warpgroups that bring input rows. turns: whether warpgroups begin to
     multiply one after the other. pairs: whether a thread's two pixels lie one above the other, so
-    that a word which is in both windows is loaded once.
+    that a word which is in both windows is loaded once. by_copies: whether rows that lie together
+    in memory are brought by the copy engine, which takes slots in shared memory; else by threads.
     """
 
     block_n: int
@@ -57,6 +58,7 @@ class Config:
     producers: int = 1
     turns: bool = False
     pairs: bool = False
+    by_copies: bool = True
 
     @property
     def threads(self) -> int:
@@ -159,11 +161,7 @@ class Geometry:
             self.classes, self.class_words, self.copies, self.copy_words,
         )  # fmt: skip
         self.pitch, self.interleaved = layout
-        # The ring's first rows stand behind its last ones once more: no window wraps round. With
-        # pairs a row's words are found together, and may as well be at the other end.
         self.ring_rows = c.rows * c.stages
-        self.mirrored = 0 if c.pairs else self.read_rows - 1
-        self.ring_bytes = (self.ring_rows + self.mirrored) * self.pitch * 4
 
         # Rows that lie together in memory are copied, a stage's by one warp: slots for them, with
         # a chunk before and one behind. Else threads load elements, so many of a row.
@@ -173,9 +171,8 @@ class Geometry:
         # A warp's words of a row are to be at constant distances: whole pixels, if filled up.
         even = c.channels == p.in_channels or 32 % (c.channels // 2) == 0
         most = SLOTS_BYTES // (self.copiers * self.slot_bytes)  # rows of a stage
-        self.by_copies = (
-            self.copies_rows and p.channels_last and self.classes == 1 and even and most > 0
-        )
+        lie_together = p.channels_last and self.classes == 1 and even and most > 0
+        self.by_copies = c.by_copies and self.copies_rows and lie_together
         self.slots_bytes = self.copiers * c.rows * self.slot_bytes if self.by_copies else 0
         if p.channels_last:
             self.row_loads = max(1, _ceil(elements, WARPGROUP))
@@ -190,6 +187,26 @@ class Geometry:
         self.tile_places = WGMMA_M // self.pair
         self.tiles = _ceil(self.places, self.tile_places)
         self.n_tiles = _ceil(self.out_channels, c.block_n)
+        # The ring's first rows stand behind its last ones once more, so that no window wraps round.
+        # With pairs a row's words are found together, and may as well be at the other end; and
+        # beside a large filter there may be no room.
+        self.wraps = False
+        self.wraps = c.pairs or not self.fits
+
+    @property
+    def mirrored(self) -> int:
+        """Rows of the ring that are there twice."""
+        return 0 if self.wraps else self.read_rows - 1
+
+    @property
+    def ring_bytes(self) -> int:
+        return (self.ring_rows + self.mirrored) * self.pitch * 4
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is shared memory for all of it."""
+        taken = self.config.blocks * (self.shared_bytes + SYSTEM_BYTES)
+        return self.shared_bytes <= BLOCK_BYTES and taken <= MULTIPROCESSOR_BYTES
 
     @property
     def tile_rows(self) -> int:

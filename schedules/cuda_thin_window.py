@@ -115,9 +115,33 @@ class Window:
         return self.held[(group % 2 * self.each + s) * 4 + r]
 
 
+@T.meta_class
+class RingWindow(Window):
+    """A thread's words of a window that may go on from the ring's last row to its first."""
+
+    def __init__(self, geometry: Geometry, steps: int = 0):
+        super().__init__(geometry, steps)
+        self.end = geometry.ring_bytes // 4
+
+    def load(self, words, base, four):
+        """This thread's word of a four, of a pixel whose window begins at `base`."""
+        begin, last = four * 4 % self.row, T.And(four == self.words // 4, self.rest > 0)
+        kind = T.if_then_else(last, self.kinds, T.max(begin - self.first, 0))
+        place = self.place(four * 4)
+        # Of fours that lie in one row the row's first word tells, for all of them.
+        crosses = T.Or(begin + 3 >= self.row, last)
+        tells = T.if_then_else(crosses, self.at[kind] + place, four * 4 // self.row * self.apart)
+        first = base - T.if_then_else(base + tells >= self.end, self.end, 0)
+        at = first + self.at[kind] + place
+        masked = T.Or(begin >= self.first if self.odd else T.bool(False), last)
+        value = T.if_then_else(masked, T.bitwise_and(words[at], self.mask[kind]), words[at])
+        return T.if_then_else(four * 4 < self.words, value, T.uint32(0))
+
+
 def window_of(g: Geometry):
     """Of a thread that multiplies."""
-    return (PairWindow if g.config.pairs else Window)(g, g.config.steps)
+    kind = PairWindow if g.config.pairs else RingWindow if g.wraps else Window
+    return kind(g, g.config.steps)
 
 
 def word_of(g: Geometry, word):

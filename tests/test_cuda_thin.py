@@ -1,5 +1,6 @@
 """Few input channels on tensor cores on a machine without a GPU: simulated, and through nvcc."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -10,7 +11,7 @@ from thin_cases import BASE, CASES, EPILOGUES, FEW, FORMS, FULL, case, case_id, 
 import im2win_tvm
 from im2win_tvm import lower, suites, toolchain
 from im2win_tvm.epilogue import NONE
-from im2win_tvm.schedules import SCHEDULES, ScheduleError
+from im2win_tvm.schedules import SCHEDULES, ScheduleError, cuda_thin_tiles
 from im2win_tvm.schedules.cuda_thin_tiles import Config, Geometry
 from im2win_tvm.target import CudaTarget
 
@@ -52,6 +53,27 @@ def test_odd_problems(problem):
 def test_configurations(problem, chosen, epilogue):
     """Two multiprocessors take all tiles: rings go round."""
     assert_equal(problem, chosen, epilogue)
+
+
+@pytest.mark.parametrize("by_copies", [True, False])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("stride 4, 11x11", "float32"),
+        ("stride 1", "float16"),
+        pytest.param("7x7 stem", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("dilation", "float16", marks=pytest.mark.slow),
+        pytest.param("many small images", "float32", marks=pytest.mark.slow),
+        pytest.param("one channel, filled up", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_windows_wrap_round_where_no_row_has_room_twice(name, dtype, by_copies, monkeypatch):
+    problem, chosen = case(*CASES[name], dtype, "NHWC")
+    chosen = dataclasses.replace(chosen, by_copies=by_copies)
+    room = Geometry(problem, chosen).shared_bytes - 1
+    monkeypatch.setattr(cuda_thin_tiles, "BLOCK_BYTES", room)
+    assert Geometry(problem, chosen).wraps and Geometry(problem, chosen).fits
+    assert_equal(problem, chosen, FULL)
 
 
 @pytest.mark.slow
@@ -135,6 +157,13 @@ def test_first_layers_have_a_configuration(dtype, layout):
         assert schedule.check(schedule.default(problem, HOPPER), problem, HOPPER) is None
 
 
+@pytest.mark.parametrize("name", ["conv1", "conv2"])
+def test_all_channels_stay_in_tf32_though_rows_have_no_room_twice(name):
+    problem = suites.layer("paper", name, 128, "float32", "NHWC")
+    chosen = SCHEDULES["cuda_thin_tf32"].default(problem, HOPPER)
+    assert chosen.block_n == 96 and Geometry(problem, chosen).wraps and not chosen.pairs
+
+
 BAD = {
     "block_n": (dict(block_n=20), "block_n=20: allowed are multiples of 8 up to 256"),
     "block_n, large": (dict(block_n=264), "block_n=264: allowed are multiples of 8 up to 256"),
@@ -152,6 +181,7 @@ BAD = {
     ),
     "producers": (dict(producers=3), "producers=3: allowed are 1 and 2"),
     "turns": (dict(turns=1), "turns=1: allowed are True and False"),
+    "by_copies": (dict(by_copies=0), "by_copies=0: allowed are True and False"),
     "blocks": (dict(blocks=6), "blocks=6: 2304 threads a multiprocessor"),
     "blocks=True": (dict(blocks=True), "blocks=True: allowed are whole numbers from 1"),
     "shared memory": (
