@@ -98,26 +98,29 @@ def _channels(problem: ConvProblem) -> list[int]:
     return [problem.in_channels, *([problem.in_channels + 1] if odd else [])]
 
 
-# Fitted to 56 measurements on an H100 (rms 5.5 %), of a producer that did not yet load a stage
-# ahead; cycles at CLOCK GHz. Instructions of a warp for a tile, and for a step of K; of a producing
-# warp for a stage, a row, a load of an element, and the cycles from one of these to the next;
-# cycles of a launch with the first rows, and of each KiB of a filter.
-_TILE, _STEP = 150.0, 2.3
-_STAGE, _ROW, _ELEMENTS, _EACH = 17.0, 15.0, 10.0, 4.0
-# Counted in the code for sm_90a: instructions of a warp that copies, for a stage, a row, and a word
-# of a lane.
-_COPIED_STAGE, _COPIED_ROW, _COPIED_WORD = 90.0, 12.0, 5.0
-_LAUNCH, _FILTER = 8060.0, 80.0
+# Fitted to 103 measurements on an H100 and 78 on an H200 (rms 7 %; of 24 problems what it ranks
+# first took 1.1 % longer than the fastest measured, geometric mean, and 6.5 % at most); cycles at
+# CLOCK GHz. Instructions of a warp for a tile, and for a step of K; of a producing warp for a stage,
+# a row, a load of an element, and the cycles from one of these to the next; of a warpgroup that
+# nobody disturbs the cycles from group to group of steps beside those of the products, and for a
+# tile's outputs; of shared memory for a word of each thread; of a launch with the first rows, and
+# of each KiB of a filter.
+_TILE, _STEP = 145.0, 2.45
+_STAGE, _ROW, _ELEMENTS, _EACH = 17.0, 12.6, 5.9, 6.5
+_GROUP, _OUTPUTS, _WORD = 135.0, 273.0, 6.6
+_LAUNCH, _FILTER = 8750.0, 81.0
 CLOCK = 1.7
+# Of a warp that copies, for a stage, a row, and a word of a lane.
+_COPIED_STAGE, _COPIED_ROW, _COPIED_WORD = 163.0, 8.2, 4.0
 # Bytes a cycle of DRAM, of all multiprocessors; how much more outputs count where warpgroups store
 # their tiles at the same time (the median of 8 pairs of measurements).
-_DRAM, _AT_ONCE = 2650.0 / CLOCK, 1.0125
+_DRAM, _AT_ONCE = 2750.0 / CLOCK, 1.0125
 # How often outputs in NCHW count once more where rows of a tile do not begin at sectors of 32
 # bytes, which are then written in parts: where neighbouring tiles are stored one soon after the
 # other, and where they are stored at the same time.
 _SECTOR, _IN_ORDER, _SIDE_BY_SIDE = 32, 0.65, 1.8
 # Of things that go on side by side the longest counts, and the others too.
-_NORM = 2.0
+_NORM = 2.5
 
 
 def cycles(g: Geometry, target: CudaTarget) -> float:
@@ -127,13 +130,16 @@ def cycles(g: Geometry, target: CudaTarget) -> float:
     blocks = -(-parts * g.n_tiles // target.multiprocessors)  # one after the other or together
     tiles = -(-g.tiles // parts) * blocks
     # The filter's columns are read from shared memory, as a step's four words a lane are.
-    step = max(c.block_n / 2, 4 * g.loads / g.k_steps + c.block_n / 4)
+    step = max(c.block_n / 2, _WORD * g.loads / g.k_steps + c.block_n / 4)
     rows = tiles * WGMMA_M / g.columns * g.next_row + g.window_rows * blocks
     producing, waiting = _producing(g, rows)
+    together = min(blocks, c.blocks)
+    alone = -(-g.k_steps // c.steps) * _GROUP + g.k_steps * c.block_n / 2 + _OUTPUTS
     busy = _together(
         tiles * g.k_steps * step,
         tiles * (_TILE + _STEP * g.k_steps) + producing,
-        waiting / min(blocks, c.blocks),
+        tiles * alone / (together * c.warpgroups),
+        waiting / together,
         _moved(g) / _DRAM,
     )
     return _LAUNCH + _FILTER * g.filter_bytes / 1024 + busy
