@@ -147,9 +147,9 @@ def tune(
     """Search the fastest configurations of problems on this device, and record them.
 
     The heuristic's configuration first, then the fastest on record of other GPUs of the
-    architecture, those that a schedule's model ranks first, random ones, and neighbours of the
-    fastest. Every output is checked; the fastest are measured again as `im2win bench` does.
-    Whatever ends it, at most the trial under way is lost; --resume goes on. Exits with 1 if an
+    architecture, of the problem or those next to it, those that a schedule's model ranks first,
+    random ones, and neighbours of the fastest. Every output is checked; the fastest are measured
+    again as `im2win bench` does. Whatever ends it, at most the trial under way is lost; --resume goes on. Exits with 1 if an
     output was wrong, or a schedule had no right one.
     """
     from ..target import resolve
@@ -198,14 +198,6 @@ def tune(
         proposed = partial(repeat, target=resolved, trials=trials, known=known)
     else:
         plans = plans_of(chosen, resolved, schedule, accuracy)
-        proposed = partial(
-            proposer,
-            target=resolved,
-            trials=trials,
-            seed=seed,
-            learn=places if learn else None,
-            known=elsewhere(chosen, resolved, places),
-        )
         if learn:
             ranking.require()
     interrupted, failed, shown, begun = False, False, 0, 0
@@ -215,6 +207,16 @@ def tune(
             resolved, place, jobs, resume=resume, interrupted=asked, measurer=measurer
         ) as session,
     ):
+        # While processes that build start.
+        if not again:
+            proposed = partial(
+                proposer,
+                target=resolved,
+                trials=trials,
+                seed=seed,
+                learn=places if learn else None,
+                known=elsewhere(chosen, resolved, places),
+            )
         floor = _floor(resolved, plans)
         deadline = Deadline(time_limit, (plan.count for plan in plans))
         with watching(plans, trials, floor, deadline) as session.watcher:
