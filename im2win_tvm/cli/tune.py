@@ -149,8 +149,8 @@ def tune(
     The heuristic's configuration first, then the fastest on record of other GPUs of the
     architecture, of the problem or those next to it, those that a schedule's model ranks first,
     random ones, and neighbours of the fastest. Every output is checked; the fastest are measured
-    again as `im2win bench` does. Whatever ends it, at most the trial under way is lost; --resume goes on. Exits with 1 if an
-    output was wrong, or a schedule had no right one.
+    again as `im2win bench` does. Whatever ends it, at most the trial under way is lost; --resume
+    goes on. Exits with 1 if an output was wrong, or a schedule had no right one.
     """
     from ..target import resolve
     from ..tuning import curve, lookup, ranking
