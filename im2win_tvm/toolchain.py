@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-#: Seconds that one run of a compiler may take: nvcc needs some ten for a kernel.
+#: Seconds that one run of a compiler may take: nvcc needs a few for a kernel.
 LIMIT = 600.0
 # Seconds until what was killed is gone and its output read.
 _ENDING = 5.0

@@ -35,7 +35,7 @@ class Built:
         target = CudaTarget(arch)
         module = lower.lower(SCHEDULES[form].build(problem, config, target))
         source = lower.cuda_source(module, target)
-        # The kernels stand before the host code, which takes nvcc several times longer.
+        # The kernels stand before the host code, which takes nvcc as long again.
         self.device, include, _ = source.partition("#include <tvm/ffi/")
         assert include
         unit = folder / "kernel.cu"

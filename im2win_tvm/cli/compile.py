@@ -13,14 +13,15 @@ import typer
 
 from .options import (
     PROBLEM_HELP,
-    SUITE_NAMES,
     AccuracyOption,
     ArchOption,
     BatchSizeOption,
     DtypeOption,
+    JobsOption,
     LayoutOption,
+    SuitesOption,
     TargetOption,
-    parse_problem,
+    distinct_problems,
 )
 from .progress import progress
 
@@ -34,24 +35,14 @@ def compile(
     problems: Annotated[
         list[str] | None, typer.Argument(metavar="[PROBLEM]...", help=PROBLEM_HELP)
     ] = None,
-    suite: Annotated[
-        list[str] | None,
-        typer.Option("--suite", help=f"Every layer of {SUITE_NAMES}, or of all; repeatable."),
-    ] = None,
+    suite: SuitesOption = None,
     batch: BatchSizeOption = None,
     target: TargetOption = None,
     arch: ArchOption = None,
     dtype: DtypeOption = "float32",
     accuracy: AccuracyOption = None,
     layout: LayoutOption = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option(
-            "--jobs",
-            min=1,
-            help="Processes that compile. Default: one a processor on cuda, else 1.",
-        ),
-    ] = None,
+    jobs: JobsOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -71,7 +62,7 @@ def compile(
     from ..target import resolve
 
     resolved = resolve(target, arch=arch)
-    chosen = _chosen(problems or [], suite or [], batch, dtype, layout)
+    chosen = distinct_problems(problems or [], suite or [], batch, dtype, layout)
     if not chosen:
         raise typer.BadParameter("nothing to compile: name a PROBLEM or --suite")
     for folder in (out, json_path and json_path.parent):
@@ -94,22 +85,6 @@ def compile(
         json_path.write_text(json.dumps(rows, indent=1) + "\n")
     if counts["failed"]:
         raise typer.Exit(1)
-
-
-def _chosen(
-    texts: list[str], suites: list[str], batch: int | None, dtype: str, layout: str | None
-) -> dict[ConvProblem, list[str]]:
-    """The distinct problems, each with its names."""
-    from ..suites import SUITES, suite
-
-    named = [parse_problem(text, dtype, layout, batch) for text in texts]
-    for name in SUITES if "all" in suites else suites:
-        for layer, problem in suite(name, batch, dtype, layout).items():
-            named.append((f"{name}:{layer}", problem))
-    chosen: dict[ConvProblem, list[str]] = {}
-    for name, problem in named:
-        chosen.setdefault(problem, []).append(name)
-    return chosen
 
 
 def _row(

@@ -39,6 +39,19 @@ BatchSizeOption = Annotated[
     int | None,
     typer.Option("--mb", help="Batch size, instead of the one the problem or suite names."),
 ]
+#: The same with its long name, which `im2win verify` has for something else.
+BatchOption = Annotated[
+    int | None,
+    typer.Option(
+        "--batch", "--mb", help="Batch size, instead of the one the problem or suite names."
+    ),
+]
+JobsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs", min=1, help="Processes that compile. Default: one a processor on cuda, else 1."
+    ),
+]
 ScheduleOption = Annotated[
     str | None, typer.Option("--schedule", help="A schedule by name. Default: the selected one.")
 ]
@@ -52,6 +65,10 @@ ConfigOption = Annotated[
 ]
 #: As `im2win_tvm.suites` has them, which a command that only shows its help does not import.
 SUITE_NAMES = "paper, resnet50, vgg16, stems or depthwise"
+SuitesOption = Annotated[
+    list[str] | None,
+    typer.Option("--suite", help=f"Every layer of {SUITE_NAMES}, or of all; repeatable."),
+]
 PROBLEM_HELP = (
     "A oneDNN problem descriptor (mb1ic64ih56oc64kh3ph1) or a layer of a suite (paper:conv9)."
 )
@@ -74,6 +91,25 @@ def parse_problem(
     if batch is not None:
         problem = problem.replace(batch=batch)
     return descriptor_name(text) or str(problem), problem
+
+
+def distinct_problems(
+    texts: list[str], suites: list[str], batch: int | None, dtype: str, layout: str | None
+) -> dict[ConvProblem, list[str]]:
+    """The problems of arguments and of suites, once each, with their names.
+
+    Raises ProblemError or SuiteError.
+    """
+    from ..suites import SUITES, suite
+
+    named = [parse_problem(text, dtype, layout, batch) for text in texts]
+    for name in SUITES if "all" in suites else suites:
+        for layer, problem in suite(name, batch, dtype, layout).items():
+            named.append((f"{name}:{layer}", problem))
+    chosen: dict[ConvProblem, list[str]] = {}
+    for name, problem in named:
+        chosen.setdefault(problem, []).append(name)
+    return chosen
 
 
 def parse_config(text: str | None, schedule: str | None) -> dict[str, Any] | None:

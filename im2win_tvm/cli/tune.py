@@ -18,12 +18,15 @@ from .fleet import DeviceKeyOption, LocalGpusOption, TrackerOption, fleet
 from .model_files import MODEL_FILES, chosen_dtype, model_in, refuse
 from .options import (
     PROBLEM_HELP,
-    SUITE_NAMES,
     AccuracyOption,
     ArchOption,
+    BatchOption,
     DtypeOption,
+    JobsOption,
     LayoutOption,
+    SuitesOption,
     TargetOption,
+    distinct_problems,
     known_schedule,
 )
 
@@ -46,13 +49,8 @@ def tune(
             "each as important as it is frequent.",
         ),
     ] = None,
-    suite: Annotated[
-        str | None, typer.Option("--suite", help=f"Every layer of {SUITE_NAMES}.")
-    ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option("--batch", "--mb", help="Batch size. Default: the problem's or suite's own."),
-    ] = None,
+    suite: SuitesOption = None,
+    batch: BatchOption = None,
     target: TargetOption = None,
     arch: ArchOption = None,
     dtype: DtypeOption = "float32",
@@ -123,14 +121,7 @@ def tune(
             "output, where its device is here. With --again compare its time, too. Writes nothing.",
         ),
     ] = False,
-    jobs: Annotated[
-        int | None,
-        typer.Option(
-            "--jobs",
-            min=1,
-            help="Processes that compile. Default: one a processor on cuda, else 1.",
-        ),
-    ] = None,
+    jobs: JobsOption = None,
     tracker: TrackerOption = None,
     device_key: DeviceKeyOption = None,
     local_gpus: LocalGpusOption = None,
@@ -156,10 +147,10 @@ def tune(
     """Search the fastest configurations of problems on this device, and record them.
 
     The heuristic's configuration first, then the fastest on record of other GPUs of the
-    architecture, those that a schedule's model ranks first, random ones, and neighbours of the
-    fastest. Every output is checked; the fastest are measured again as `im2win bench` does.
-    Whatever ends it, at most the trial under way is lost; --resume goes on. Exits with 1 if an
-    output was wrong, or a schedule had no right one.
+    architecture, of the problem or those next to it, those that a schedule's model ranks first,
+    random ones, and neighbours of the fastest. Every output is checked; the fastest are measured
+    again as `im2win bench` does. Whatever ends it, at most the trial under way is lost; --resume
+    goes on. Exits with 1 if an output was wrong, or a schedule had no right one.
     """
     from ..target import resolve
     from ..tuning import curve, lookup, ranking
@@ -168,7 +159,8 @@ def tune(
     from ..tuning.plan import again as recorded_plans
     from ..tuning.plan import plans as plans_of
     from ..tuning.session import Session
-    from . import tune_problems, tune_text
+    from . import tune_text
+    from .tune_problems import of_model
     from .tune_view import watching
 
     for name, value in (("seconds", seconds), ("time-limit", time_limit)):
@@ -184,9 +176,10 @@ def tune(
     if model:
         refuse(context, "a model", ("batch", "suite"))
         own = chosen_dtype(context, dtype)
-        chosen = tune_problems.of_model(model, own, layout, resolved, accuracy)
+        chosen = of_model(model, own, layout, resolved, accuracy)
     else:
-        chosen = tune_problems.named(problems or [], suite, batch, dtype, layout)
+        named = distinct_problems(problems or [], suite or [], batch, dtype, layout)
+        chosen = dict.fromkeys(named, 1)
     for path in (json_path, png):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,14 +198,6 @@ def tune(
         proposed = partial(repeat, target=resolved, trials=trials, known=known)
     else:
         plans = plans_of(chosen, resolved, schedule, accuracy)
-        proposed = partial(
-            proposer,
-            target=resolved,
-            trials=trials,
-            seed=seed,
-            learn=places if learn else None,
-            known=elsewhere(chosen, resolved, places),
-        )
         if learn:
             ranking.require()
     interrupted, failed, shown, begun = False, False, 0, 0
@@ -222,6 +207,16 @@ def tune(
             resolved, place, jobs, resume=resume, interrupted=asked, measurer=measurer
         ) as session,
     ):
+        # While processes that build start.
+        if not again:
+            proposed = partial(
+                proposer,
+                target=resolved,
+                trials=trials,
+                seed=seed,
+                learn=places if learn else None,
+                known=elsewhere(chosen, resolved, places),
+            )
         floor = _floor(resolved, plans)
         deadline = Deadline(time_limit, (plan.count for plan in plans))
         with watching(plans, trials, floor, deadline) as session.watcher:

@@ -1,28 +1,13 @@
-"""The problems that `im2win tune` is asked for, each with how often it is wanted."""
+"""The convolutions of a model that `im2win tune` is asked for, each with how often it has it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ..problem import ConvProblem
-from ..suites import suite
 from ..target import Target
-from .options import parse_problem
 
-__all__ = ["named", "of_model"]
-
-
-def named(
-    texts: list[str], suite_name: str | None, batch: int | None, dtype: str, layout: str | None
-) -> dict[ConvProblem, int]:
-    """The distinct problems of arguments and of a suite, once each.
-
-    Raises ProblemError or SuiteError.
-    """
-    chosen = [parse_problem(text, dtype, layout, batch)[1] for text in texts]
-    if suite_name is not None:
-        chosen += suite(suite_name, batch, dtype, layout).values()
-    return dict.fromkeys(chosen, 1)
+__all__ = ["of_model"]
 
 
 def of_model(

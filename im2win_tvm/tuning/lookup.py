@@ -34,6 +34,7 @@ __all__ = [
     "find",
     "lines",
     "named_places",
+    "others",
     "places",
     "recorded",
     "shown_path",
@@ -249,6 +250,23 @@ def recorded(
             if config not in known or order(match) < order(known[config]):
                 known[config] = match
     return {key: sorted(known.values(), key=order) for key, known in found.items()}
+
+
+def others(where: list[Path], target: Target) -> Iterator[Record]:
+    """Right records of other GPUs of the target's architecture, whatever version they are of."""
+    if target.kind != "cuda":
+        return
+    here, device = {"kind": target.kind, "arch": arch_of(target)}, device_name(target)
+    for place in where:
+        for _, (_, record) in lines(place, None):
+            if (
+                isinstance(record, Record)
+                and record.passed
+                and record.target == here
+                and record.device != device
+                and record.schedule in SCHEDULES
+            ):
+                yield record
 
 
 def configuration(record: Record, schedule: Schedule, problem: ConvProblem, target: Target) -> Any:

@@ -7,12 +7,16 @@ image differ. How far it is away is told in octaves: 1 for each doubling or halv
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..problem import ConvProblem
+from ..schedules import Schedule
+from ..target import Target
+from .lookup import configuration
+from .records import Record, RecordError
 
-__all__ = ["distance", "nearest"]
+__all__ = ["borrowed", "distance", "nearest"]
 
 
 def distance(one: ConvProblem, other: ConvProblem) -> float | None:
@@ -31,6 +35,30 @@ def nearest(problem: ConvProblem, others: Iterable[ConvProblem]) -> list[tuple[f
     found = [(distance(problem, other), other) for other in others if other != problem]
     known = [(octaves, other) for octaves, other in found if octaves is not None]
     return sorted(known, key=lambda entry: (entry[0], str(entry[1])))
+
+
+def borrowed(
+    problem: ConvProblem,
+    schedule: Schedule,
+    target: Target,
+    fastest: Mapping[ConvProblem, Record],
+    count: int,
+) -> list[Any]:
+    """The configurations of the nearest neighbours that the schedule takes for `problem`, too.
+
+    fastest: the record of each problem that counts.
+    """
+    found: list[Any] = []
+    for _, other in nearest(problem, fastest):
+        if len(found) == count:
+            break
+        try:
+            config = configuration(fastest[other], schedule, problem, target)
+        except RecordError:
+            continue
+        if config not in found:
+            found.append(config)
+    return found
 
 
 def _fixed(problem: ConvProblem) -> tuple[Any, ...]:

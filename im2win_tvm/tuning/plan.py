@@ -16,9 +16,10 @@ from ..schedules import SCHEDULES
 from ..select import supporting
 from ..target import Target
 from . import ranking
-from .lookup import recorded
+from .lookup import others, recorded
 from .measuring import TuningError
-from .records import key_of
+from .neighbours import borrowed
+from .records import Record, key_of
 from .search import FEW, Listed, Proposer, RandomThenClimb, spread
 
 __all__ = ["Deadline", "Plan", "again", "elsewhere", "plans", "proposer", "repeat"]
@@ -88,18 +89,34 @@ def proposer(
 
 
 def elsewhere(problems: Iterable[ConvProblem], target: Target, places: list[Path]) -> Known:
-    """The fastest few configurations on other GPUs of the architecture.
+    """The fastest few configurations on other GPUs of the architecture: first those of the problem
+    itself, then those of its nearest neighbours.
 
     What the device of the target has recorded itself does not count: a session that goes on would
     begin with other configurations than the one that it continues.
     """
-    device = device_name(target)
-    found = {}
-    for key, matches in recorded(places, target, {*map(key_of, problems)}).items():
-        theirs = [match.config for match in matches if match.record.device != device]
-        if theirs:
-            found[key] = theirs[:FEW]
-    return found
+    device, wanted = device_name(target), [*map(key_of, problems)]
+    theirs: dict[str, dict[ConvProblem, Record]] = {}  # the fastest, by schedule and problem
+    for record in others(places, target):
+        known = theirs.setdefault(record.schedule, {})
+        if record.key not in known or _order(record) < _order(known[record.key]):
+            known[record.key] = record
+    found = {
+        key: [match.config for match in matches if match.record.device != device][:FEW]
+        for key, matches in recorded(places, target, set(wanted)).items()
+    }
+    for problem in wanted:
+        for name, fastest in theirs.items():
+            schedule, configs = SCHEDULES[name], found.setdefault((problem, name), [])
+            if schedule.supports(problem, target) is None:
+                near = borrowed(problem, schedule, target, fastest, FEW)
+                configs += [config for config in near if config not in configs]
+                del configs[FEW:]
+    return {key: configs for key, configs in found.items() if configs}
+
+
+def _order(record: Record) -> tuple:
+    return record.protocol != "full", record.time_us
 
 
 def again(
