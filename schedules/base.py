@@ -2,9 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from ..accuracy import OWN
+from ..clipping import at_most_six
 from ..epilogue import NONE, Epilogue
 from ..problem import ConvProblem
 from ..target import Target
@@ -109,4 +111,7 @@ class Schedule(ABC):
         reason = self.supports(problem, target) or self.check(config, problem, target)
         if reason is not None:
             raise ScheduleError(reason)
+        if epilogue.activation == "relu6":
+            relu = replace(epilogue, activation="relu")
+            return at_most_six(self.schedule(problem, config, target, relu))
         return self.schedule(problem, config, target, epilogue)

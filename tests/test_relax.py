@@ -138,7 +138,12 @@ CHAINS = {
     "added to itself": (lambda y, _: F.relu(y + y), "conv2d+add"),
     "relu, then scaled": (lambda y, _: F.relu(y) * SCALE, "conv2d+add+relu"),
     "a row added": (lambda y, _: F.relu(y + torch.arange(7.0)), "conv2d+add"),
-    "clipped": (lambda y, _: F.relu6(y), "conv2d+add"),
+    "clipped": (lambda y, _: F.relu6(8 * y), "conv2d+add+multiply+clip"),
+    "clipped elsewhere": (lambda y, _: F.hardtanh(y, 0, 1), "conv2d+add"),
+    "clipped in steps": (lambda y, _: (8 * y).maximum(torch.tensor(0.0)).minimum(torch.tensor(6.0)),
+                         "conv2d+add+multiply+maximum+minimum"),
+    "from below alone": (lambda y, _: F.relu(8 * y).minimum(torch.tensor(5.0)),
+                         "conv2d+add+multiply+relu"),
 }  # fmt: skip
 
 
@@ -290,6 +295,53 @@ def test_cuda_functions_are_built_without_a_gpu(tmp_path):
     [layer] = rewrite.report.replaced
     assert layer.schedule == "cuda_thin_tf32"
     assert build(module, target) is not None
+
+
+class Disguised(nn.Module):
+    """Products along channels with a residual as in ConvNeXt, and a transposed convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 2)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.register_buffer("scale", torch.linspace(1, 2, 10)[:, None, None])
+        self.wide, self.narrow = nn.Linear(12, 20), nn.Linear(20, 12)
+        self.up, self.last = nn.ConvTranspose2d(12, 10, (2, 3), (2, 3)), nn.Conv2d(20, 5, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.depthwise(x).permute(0, 2, 3, 1)
+        x = x + self.narrow(F.gelu(self.wide(y))).permute(0, 3, 1, 2)
+        y = self.up(x)
+        return self.last(torch.cat([y, F.relu(y) * self.scale], 1))
+
+
+def test_convolutions_in_disguise():
+    """Layouts change where the model begins and ends, and for the patches of the transposed one."""
+    expected = ["conv2d+add"] * 3 + ["conv2d+add+add", "conv2d", "conv2d+add"]
+    module = assert_replaced(Disguised(), torch.randn(2, 3, 7, 9), expected=expected)
+    left = operators(module)
+    assert left.count("relax.permute_dims") == 3 and left.count("relax.reshape") == 2
+    assert not {"relax.matmul", "relax.nn.conv2d_transpose"} & set(left)
+
+
+class Overlapping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.up = nn.Conv2d(3, 6, 3), nn.ConvTranspose2d(6, 4, 3, 2, 1)
+
+    def forward(self, x):
+        return self.up(F.relu(self.conv(x)))
+
+
+def test_transposed_convolutions_that_overlap_stay():
+    torch.manual_seed(2)
+    model, x = Overlapping().eval(), torch.randn(2, 3, 9, 8)
+    rewrite = UseIm2win("llvm")
+    module = rewrite(imported(model, x))
+    assert [layer.schedule is None for layer in rewrite.report.layers] == [True, False]
+    with torch.no_grad():
+        np.testing.assert_allclose(outputs(module, x), model(x).numpy(), rtol=1e-4, atol=1e-5)
 
 
 def onnx_model():

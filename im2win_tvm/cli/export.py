@@ -52,7 +52,7 @@ def export(
         bool, typer.Option("--residual", help="The kernel adds a tensor like the output.")
     ] = False,
     activation: Annotated[
-        str | None, typer.Option("--activation", help="relu, applied last. Default: none.")
+        str | None, typer.Option("--activation", help="relu or relu6, applied last. Default: none.")
     ] = None,
     choice: Annotated[
         str | None,
@@ -83,7 +83,7 @@ def export(
     from ..epilogue import ACTIVATIONS
 
     if activation not in ACTIVATIONS:
-        raise typer.BadParameter(f"activation={activation!r}: allowed: relu")
+        raise typer.BadParameter(f"activation={activation!r}: allowed: relu, relu6")
     _, parsed = parse_problem(problem, dtype, layout, batch)
     with working(f"compiling {parsed}"):
         kernel = compiler.compile(
