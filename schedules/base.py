@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..accuracy import OWN
-from ..clipping import at_most_six
+from ..activations import FUNCTIONS, instead_of_relu
 from ..epilogue import NONE, Epilogue
 from ..problem import ConvProblem
 from ..target import Target
@@ -111,7 +111,8 @@ class Schedule(ABC):
         reason = self.supports(problem, target) or self.check(config, problem, target)
         if reason is not None:
             raise ScheduleError(reason)
-        if epilogue.activation == "relu6":
+        if epilogue.activation in FUNCTIONS:
             relu = replace(epilogue, activation="relu")
-            return at_most_six(self.schedule(problem, config, target, relu))
+            module = self.schedule(problem, config, target, relu)
+            return instead_of_relu(module, epilogue.activation)
         return self.schedule(problem, config, target, epilogue)

@@ -1,8 +1,8 @@
 """Convolutions of a Relax function, each with what follows it and can be computed with it.
 
-``relu(affine(conv2d(x, w)) + residual)``, or ReLU6 of it: affine is any number of additions,
-subtractions, multiplications and divisions by a constant for each channel, which is what batch
-normalisation and a bias are at inference. Everything but the last may have no other reader.
+``relu(affine(conv2d(x, w)) + residual)``, or ReLU6 or GELU of it: affine is any number of
+additions, subtractions, multiplications and divisions by a constant for each channel, which is what
+batch normalisation and a bias are at inference. Everything but the last may have no other reader.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _operator(expr: relax.Expr) -> str | None:
 
 def _follow(chain: Chain, later: list, readers: Counter, outputs: set, taken: set) -> None:
     """Take what reads the chain's end, as far as it can be computed with it."""
-    while chain.activation != "relu6":
+    while chain.activation in (None, "relu"):
         var = chain.last.var
         if var in outputs or readers[var] != 1:
             return
@@ -126,10 +126,10 @@ def _take(chain: Chain, binding: relax.Binding, var: relax.Var) -> bool:
 def _activation(call: relax.Call, name: str, var: relax.Var, before: str | None) -> str | None:
     """What an operator makes of the activation before it, as `Epilogue` names it; None if neither.
 
-    ReLU6 is one `clip`, or two steps where models are brought into float16.
+    GELU is the exact one; ReLU6 is one `clip`, or two steps where models are brought into float16.
     """
-    if name == "relax.nn.relu" and before is None:
-        return "relu"
+    if name in ("relax.nn.relu", "relax.nn.gelu") and before is None:
+        return name.rpartition(".")[2]
     if name == "relax.clip" and [_number(each) for each in call.args[1:]] == [0, 6]:
         return "relu6"
     if name in ("relax.maximum", "relax.minimum"):

@@ -1,8 +1,9 @@
 """Convolutions in disguise: products along the last axis, and transposed ones without overlap.
 
-A matrix product with a constant, of a tensor ``[N, H, W, C]``, is a convolution of size 1, and so
-is one that is transposed and strides by its own size: each input pixel makes a patch of its own.
-TVM schedules the first without regard to its shape, and inserts zeros for the second.
+A matrix product with a constant, of a tensor ``[N, H, W, C]`` or ``[N, C]``, is a convolution of
+size 1, and so is one that is transposed and strides by its own size: each input pixel makes a patch
+of its own. TVM schedules the first with little regard to its shape, and inserts zeros for the
+second.
 """
 
 from __future__ import annotations
@@ -57,14 +58,20 @@ class _Mutator(relax.PyExprMutator):
         """``[N, H, W, channels]`` whose rows are those of x; None where there is no such tensor."""
         if not isinstance(x, relax.Var):
             return None
-        if x.ty.ndim != 4:
-            reshape = self.lookup_binding(x)
-            if getattr(getattr(reshape, "op", None), "name", "") != "relax.reshape":
-                return None
-            x = reshape.args[0]
+        for image in (x, self._reshaped(x)):
+            shape = _numbers(image)
+            if shape is not None and len(shape) == 4 and shape[-1] == channels:
+                return image
         shape = _numbers(x)
-        fits = shape is not None and len(shape) == 4 and shape[-1] == channels
-        return x if fits and isinstance(x, relax.Var) else None
+        if shape is None or len(shape) != 2:
+            return None
+        return self._emit(relax.op.reshape, x, (shape[0], 1, 1, channels))
+
+    def _reshaped(self, x: relax.Var) -> relax.Expr | None:
+        """What x is a reshape of, if it is one."""
+        value = self.lookup_binding(x)
+        named = getattr(getattr(value, "op", None), "name", "") == "relax.reshape"
+        return value.args[0] if named and isinstance(value.args[0], relax.Var) else None
 
     def _transposed(self, call: relax.Call) -> relax.Expr:
         x, w = call.args

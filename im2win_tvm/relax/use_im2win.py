@@ -20,6 +20,7 @@ from .chains import Chain, chains
 from .constants import FoldConstants
 from .disguised import AsConvolutions
 from .functions import Functions
+from .pooling import PoolByPixels
 from .report import Layer, Report
 from .views import SinkViews
 
@@ -45,12 +46,12 @@ class UseIm2win:
     own kernel stays.
 
     To be applied to what an importer gives, before operators are legalized. Batch normalisation is
-    folded into filters; bias, residual addition, ReLU and ReLU6 are computed with the convolution;
-    filters that are constants are prepared here, others at every call. In NHWC, products of images
-    with constant matrices and transposed convolutions that do not overlap are convolutions, too
-    (see `disguised`). Convolutions of symbolic shape (see `specialise`), of one or three axes,
-    other transposed ones and those in branches stay TVM's. `report` tells of the last module. Build
-    with `im2win_tvm.relax.build`.
+    folded into filters; bias, residual addition, ReLU, ReLU6 and GELU are computed with the
+    convolution; filters that are constants are prepared here, others at every call. In NHWC,
+    products with constant matrices and transposed convolutions that do not overlap are
+    convolutions, too (see `disguised`). Convolutions of symbolic shape (see `specialise`), of one
+    or three axes, other transposed ones and those in branches stay TVM's. `report` tells of the
+    last module. Build with `im2win_tvm.relax.build`.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class UseIm2win:
     def transform_module(self, module: tvm.IRModule, _context) -> tvm.IRModule:
         self.report = Report()
         module = _simplified(module, self.layout)
+        if self.target.kind == "cuda":
+            module = PoolByPixels()(module)
         functions = Functions(self.target, self.accuracy, self.choice == "measured", self.keep)
         mutator = _Mutator(module, functions, self)
         for variable, function in module.functions_items():
