@@ -35,6 +35,7 @@ def parsed():
     parser.add_argument("--kernels", type=Path)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--profile", action="store_true", help="OUT/ITEM.kernels, times of each")
     parser.add_argument("--build-only", nargs=2, metavar=("ARCH", "DEVICE"))
     parser.add_argument("--one", action="store_true", help="this process measures the only item")
     return parser.parse_args()
@@ -54,6 +55,7 @@ def main():
             item = waiting.pop(0)
             log = open(options.out / f"{item.replace(':', '-')}.log", "w")
             more = ["--build-only", *options.build_only] if options.build_only else []
+            more += ["--profile"] if options.profile else []
             command = [sys.executable, "-W", "ignore", __file__, str(options.out), item, "--one"]
             running[item] = subprocess.Popen([*command, *more], stdout=log, stderr=log)
         time.sleep(0.2)
@@ -80,6 +82,9 @@ def one(options, item):
         from im2win_tvm.bench import models, timing
         from im2win_tvm.target import resolve
 
+        if options.profile:
+            kernels = options.out / f"{item.replace(':', '-')}.kernels"
+            models.in_tvm = profiled(models.in_tvm, kernels)
         started = time.monotonic()
 
         def progress(what):
@@ -110,6 +115,28 @@ def export(path, name, dtype, batch):
     model = models.folded(models.model(name)).to(getattr(torch, dtype))
     x = torch.zeros(batch, 3, side, side, dtype=getattr(torch, dtype))
     torch.export.save(torch.export.export(model, (x,)), path)
+
+
+def profiled(in_tvm, path):
+    """`in_tvm`, with microseconds and number of each kernel of a call appended to a file."""
+
+    def measured(executable, target, inputs, graph):
+        from torch.profiler import ProfilerActivity, profile
+
+        way = in_tvm(executable, target, inputs, graph)
+        if not graph:
+            way.call()
+            with profile(activities=[ProfilerActivity.CUDA]) as found:
+                way.call()
+                way.arrays(way.call())
+            rows = [(e.device_time_total / 2, e.count / 2, e.key) for e in found.key_averages()]
+            with open(path, "a") as file:
+                for time_us, count, name in sorted(rows, reverse=True):
+                    file.write(f"{time_us:10.1f} {count:5g} {name[:100]}\n")
+                file.write("\n")
+        return way
+
+    return measured
 
 
 @contextlib.contextmanager

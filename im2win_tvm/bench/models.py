@@ -33,6 +33,8 @@ __all__ = ["measure", "text"]
 
 # Largest difference, in parts of the largest output, by the class that a model is computed in.
 _LIMITS = {"float32": 1e-4, "float16": 2e-2, "tf32": 1e-2}
+# Of others, who may sum in float16: their times count all the same.
+_OTHERS = 5
 _GRAPH = " graph"
 
 
@@ -193,10 +195,11 @@ class _Ways:
     def _is_right(self, entry: dict, way: Way, expected: list[np.ndarray], kind: str) -> bool:
         error = _error(way.arrays(way.call()), expected)
         entry["relative_error"] = error if math.isfinite(error) else None
-        if error <= _LIMITS[kind]:
+        limit = _LIMITS[kind] * (1 if entry["name"].startswith("im2win") else _OTHERS)
+        if error <= limit:
             return True
         entry["status"] = "failed"
-        entry["reason"] = f"error {error:.1e}: allowed for {kind} is {_LIMITS[kind]:.0e}"
+        entry["reason"] = f"error {error:.1e}: allowed for {kind} is {limit:.0e}"
         return False
 
 
