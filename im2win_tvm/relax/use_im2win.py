@@ -20,6 +20,7 @@ from .chains import Chain, chains
 from .constants import FoldConstants
 from .disguised import AsConvolutions
 from .functions import Functions
+from .normalisation import NormaliseByRows
 from .pooling import PoolByPixels
 from .report import Layer, Report
 from .views import SinkViews
@@ -75,7 +76,7 @@ class UseIm2win:
         self.report = Report()
         module = _simplified(module, self.layout)
         if self.target.kind == "cuda":
-            module = PoolByPixels()(module)
+            module = NormaliseByRows()(PoolByPixels()(module))
         functions = Functions(self.target, self.accuracy, self.choice == "measured", self.keep)
         mutator = _Mutator(module, functions, self)
         for variable, function in module.functions_items():
