@@ -98,7 +98,7 @@ def one(options, item):
             # A graph saves microseconds of the host, where TVM's kernels take milliseconds.
             without=("tvm graph",) if batch != "1" else (),
             progress=progress,
-            turn=lambda: turn(options.out / "turn"),
+            turn=lambda alone: turn(options.out / "turn", alone),
         )
     record["command"] = f"python scripts/measure_models.py OUT {item}"
     part = options.out / f"{item.replace(':', '-')}.part"
@@ -140,10 +140,10 @@ def profiled(in_tvm, path):
 
 
 @contextlib.contextmanager
-def turn(path):
-    """Alone on the GPU among the processes of this script."""
+def turn(path, alone):
+    """On the GPU alone among the processes of this script, or with others that do not measure."""
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield
 
 

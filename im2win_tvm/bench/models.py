@@ -50,14 +50,15 @@ def measure(
     progress: Progress = lambda what: None,
     layers: bool = True,
     without: Collection[str] = (),
-    turn: Callable[[], AbstractContextManager] = nullcontext,
+    turn: Callable[[bool], AbstractContextManager] = nullcontext,
 ) -> dict[str, Any]:
     """The record, ready for JSON: that of `run` for the convolutions, and ``model``.
 
     batch: for a model with a symbolic one. dtype, accuracy: as in `relax.read` and
     `im2win_tvm.compile`. against: families of competitors, of which tvm and torch take part end to
     end. layers: whether convolutions are measured one by one, too. without: names of ways to leave
-    out. turn: entered while the device is used, for processes that share it. Raises ModelError, and
+    out. turn: for processes that share a device; what turn(alone) gives is entered while PyTorch
+    compiles, which tries kernels, and alone while anything is measured. Raises ModelError, and
     BenchError where nothing can be measured.
     """
     from .. import relax
@@ -79,13 +80,14 @@ def measure(
             if target.kind == "cuda" or not options.get("graph"):
                 tf32 = accuracy == "tf32"
                 way = partial(in_torch, path, target, inputs, dtype, tf32, held, **options)
-                found.add([name], lambda way=way: [way()])
+                with turn(False):
+                    found.add([name], lambda way=way: [way()])
     counts = convolutions(rewrite.report)
     problems = {f"{n}x {problem}": problem for problem, n in counts.items()}
     schedules = sorted({each.schedule for each in rewrite.report.replaced})
     if not problems:
         raise BenchError(f"{path}: none of its convolutions is replaced:\n{rewrite.report}")
-    with turn():
+    with turn(True):
         expected = reference(path, module, inputs, target)
         clock = timing.CallsClock() if target.kind == "cuda" else timing.clock_for(target.kind)
         entries = found.measured(expected, kind, clock, limits)

@@ -20,6 +20,7 @@ from .chains import Chain, chains
 from .constants import FoldConstants
 from .disguised import AsConvolutions
 from .functions import Functions
+from .joining import JoinPatches
 from .normalisation import NormaliseByRows
 from .pooling import PoolByPixels
 from .report import Layer, Report
@@ -76,7 +77,8 @@ class UseIm2win:
         self.report = Report()
         module = _simplified(module, self.layout)
         if self.target.kind == "cuda":
-            module = NormaliseByRows()(PoolByPixels()(module))
+            passes = [PoolByPixels(), NormaliseByRows(), JoinPatches()]
+            module = tvm.ir.transform.Sequential(passes)(module)
         functions = Functions(self.target, self.accuracy, self.choice == "measured", self.keep)
         mutator = _Mutator(module, functions, self)
         for variable, function in module.functions_items():

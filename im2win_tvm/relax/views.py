@@ -1,4 +1,4 @@
-"""Changes of layout and shape, moved behind what is computed element by element.
+"""Changes of layout and shape, moved behind what is computed element by element, or pooled.
 
 `relax.transform.ConvertLayout` turns a tensor around and back for each operator that it does not
 know (`maximum`, `matmul` with its reshapes), at a pass over memory each. Behind such operators two
@@ -58,7 +58,7 @@ class _View:
 
 @tvm.transform.module_pass(opt_level=0, name="SinkViews")
 class SinkViews:
-    """`permute_dims` and `reshape` behind elementwise operators and `concat`."""
+    """`permute_dims` and `reshape` behind elementwise operators, `concat`, and pooling."""
 
     @staticmethod
     def transform_module(module: tvm.IRModule, _context) -> tvm.IRModule:
@@ -99,7 +99,30 @@ class _Sink(relax.PyExprMutator):
             if first is not None and first.axes is not None:
                 axis = first.axes[int(value.attrs.axis)]
                 return self._behind(value, parts, lambda given: relax.op.concat(given, axis))
+        if name in ("relax.nn.max_pool2d", "relax.mean"):
+            view = self._views.get(value.args[0])
+            if view is not None and view.axes is not None:
+                return self._pooled(value, name, view)
         return value
+
+    def _pooled(self, value: relax.Call, name: str, view: _View) -> relax.Expr:
+        """What is reduced along rows and columns, with channels last, where they are."""
+        attributes, source = value.attrs, view.source
+        if name == "relax.mean":
+            if not attributes.keepdims or attributes.axis is None:
+                return value
+            axes = [view.axes[int(axis)] for axis in attributes.axis]
+            made = relax.op.mean(source, axes, keepdims=True)
+        else:
+            layouts = {str(attributes.layout), str(attributes.out_layout or attributes.layout)}
+            if view.axes != (0, 3, 1, 2) or layouts != {"NCHW"}:
+                return value
+            made = relax.op.nn.max_pool2d(
+                source, attributes.pool_size, attributes.strides, attributes.padding,
+                attributes.dilation, attributes.ceil_mode, attributes.count_include_pad,
+                layout="NHWC", out_layout="NHWC",
+            )  # fmt: skip
+        return relax.op.permute_dims(self.builder_.emit(made), view.axes)
 
     def _widens(self, value: relax.Call) -> bool:
         """Whether what is computed is larger than the views among its operands."""
