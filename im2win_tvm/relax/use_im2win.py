@@ -19,6 +19,7 @@ from ..target import Target, resolve
 from .chains import Chain, chains
 from .constants import FoldConstants
 from .disguised import AsConvolutions
+from .ends import QuickEnds
 from .functions import Functions
 from .joining import JoinPatches
 from .normalisation import NormaliseByRows
@@ -77,7 +78,7 @@ class UseIm2win:
         self.report = Report()
         module = _simplified(module, self.layout)
         if self.target.kind == "cuda":
-            passes = [PoolByPixels(), NormaliseByRows(), JoinPatches()]
+            passes = [PoolByPixels(), NormaliseByRows(), JoinPatches(), QuickEnds()]
             module = tvm.ir.transform.Sequential(passes)(module)
         functions = Functions(self.target, self.accuracy, self.choice == "measured", self.keep)
         mutator = _Mutator(module, functions, self)
