@@ -93,7 +93,7 @@ def one(options, item):
         record = models.measure(
             path,
             resolve("cuda"),
-            limits=timing.Limits(warmup=0.1, seconds=0.25, least=4, most=50),
+            limits=timing.Limits(warmup=0.1, seconds=0.2, least=4, most=50),
             layers=False,
             # A graph saves microseconds of the host, where TVM's kernels take milliseconds.
             without=("tvm graph",) if batch != "1" else (),
