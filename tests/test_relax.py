@@ -423,3 +423,11 @@ def test_models_that_are_refused(options, text, message, tmp_path):
     done = im2win("export", path, "-o", tmp_path / "model.so", "--target", "llvm", *options)
     assert done.returncode == 2 and message in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "model.so").exists()
+
+
+def test_products_with_few_rows_and_many_weights_stay():
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(4096, 1100), nn.Linear(1100, 7)).eval()
+    for batch, expected in ((2, 1), (16, 2)):
+        rewrite = UseIm2win("llvm")
+        rewrite(imported(wide, torch.randn(batch, 4096)))
+        assert len(rewrite.report.replaced) == expected

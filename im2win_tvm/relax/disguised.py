@@ -14,6 +14,9 @@ from tvm import relax
 
 __all__ = ["AsConvolutions"]
 
+# With fewer rows and more weights a product takes what reading them takes, with all processors: TVM
+# divides the sums among them, and a convolution's kernels do not.
+_ROWS, _WEIGHTS = 16, 1 << 22
 _TO_NHWC, _TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
@@ -48,13 +51,13 @@ class _Mutator(relax.PyExprMutator):
         shape, dtype, matrix = _numbers(call), str(call.ty.dtype), _matrix(w)
         if matrix is None or shape is None or {str(x.ty.dtype), str(w.ty.dtype)} != {dtype}:
             return call
-        pixels = self._pixels(x, len(matrix))
+        pixels = self._pixels(x, len(matrix), matrix.size)
         if pixels is None:
             return call
         y = self._pointwise(pixels, matrix.T, dtype)
         return y if len(shape) == 4 else relax.op.reshape(y, shape)
 
-    def _pixels(self, x: relax.Expr, channels: int) -> relax.Expr | None:
+    def _pixels(self, x: relax.Expr, channels: int, weights: int) -> relax.Expr | None:
         """``[N, H, W, channels]`` whose rows are those of x; None where there is no such tensor."""
         if not isinstance(x, relax.Var):
             return None
@@ -64,6 +67,8 @@ class _Mutator(relax.PyExprMutator):
                 return image
         shape = _numbers(x)
         if shape is None or len(shape) != 2:
+            return None
+        if shape[0] < _ROWS and weights > _WEIGHTS:
             return None
         return self._emit(relax.op.reshape, x, (shape[0], 1, 1, channels))
 
