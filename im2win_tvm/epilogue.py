@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-ACTIVATIONS = (None, "relu")
+ACTIVATIONS = (None, "relu", "relu6", "gelu")
 
 
 @dataclass(frozen=True)

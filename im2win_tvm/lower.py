@@ -17,6 +17,7 @@ import tvm_ffi
 from tvm import tirx
 from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
 
+from . import parsing  # noqa: F401
 from .schedules.base import ALIGNMENT, ARGUMENTS, CONV, TRANSFORM
 from .target import CpuTarget, CudaTarget
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from math import prod
 
@@ -26,8 +27,9 @@ def conv2d(
     """activation(conv(x, w) + bias + residual), accumulated in float64.
 
     ``x`` has ``problem.input_shape``, ``w`` has ``problem.weight_shape``, ``bias`` (Co,),
-    ``residual`` ``problem.output_shape``; any real dtype. ``activation`` is None or "relu". One
-    to three spatial axes, despite the name. Returns float64 of ``problem.output_shape``.
+    ``residual`` ``problem.output_shape``; any real dtype. ``activation`` is None, "relu",
+    "relu6" or "gelu". One to three spatial axes, despite the name. Returns float64 of
+    ``problem.output_shape``.
     Temporaries take some 16 MiB, or what one image needs where that is more.
 
     Every tap counts, those on padding as a product with zero, so an infinite or NaN weight makes
@@ -39,8 +41,8 @@ def conv2d(
         _require_shape("bias", bias, (problem.out_channels,))
     if residual is not None:
         _require_shape("residual", residual, problem.output_shape)
-    if activation not in (None, "relu"):
-        raise ValueError(f"activation={activation!r}: allowed: None or 'relu'")
+    if activation not in (None, "relu", "relu6", "gelu"):
+        raise ValueError(f"activation={activation!r}: allowed: None, 'relu', 'relu6' or 'gelu'")
 
     output = np.empty(problem.output_shape, np.float64)
     # Views with channels last, whatever the layout.
@@ -60,9 +62,16 @@ def conv2d(
                 target[images] += np.asarray(bias, np.float64)
             if residual is not None:
                 output[images] += residual[images]
-            if activation == "relu":
+            if activation == "gelu":
+                output[images] *= 0.5 * (1 + _erf(output[images] / np.sqrt(2)))
+            elif activation is not None:
                 np.maximum(output[images], 0.0, out=output[images])
+            if activation == "relu6":
+                np.minimum(output[images], 6.0, out=output[images])
     return output
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 def _require_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:

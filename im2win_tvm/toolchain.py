@@ -153,6 +153,14 @@ def gencode(arch: str) -> list[str]:
 _REGISTERS = ((), ("-Xptxas", "--register-usage-level=0"))
 
 
+# TVM's own functions use the operators of half precision, which other headers turn off.
+_OPERATORS = (
+    "-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF_CONVERSIONS__",
+    "-U__CUDA_NO_BFLOAT16_OPERATORS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__",
+    "--expt-relaxed-constexpr",
+)  # fmt: skip
+
+
 def build_cuda_library(output: Path, source: Path, arch: str, extra: list[Path]) -> str:
     """Compile one CUDA translation unit, kernels and host code, into a shared library.
 
@@ -173,6 +181,26 @@ def build_cuda_library(output: Path, source: Path, arch: str, extra: list[Path])
         if not any(kernel.spill_store_bytes for kernel in parse_resources(report)):
             break
     return report
+
+
+def compile_cubin(source: str, arch: str) -> bytes:
+    """The machine code of a CUDA source, with the flags that kernels of their own get.
+
+    On all processors that are here: a whole model is one source.
+    """
+    with tempfile.TemporaryDirectory(prefix="im2win-") as folder:
+        unit, cubin = Path(folder) / "kernels.cu", Path(folder) / "kernels.cubin"
+        unit.write_text(source)
+        for flags in _REGISTERS:
+            report = run([
+                str(find_nvcc().path), "-O3", "-std=c++17", "-cubin", *gencode(arch),
+                "--split-compile=0", "-Xptxas", "-v", *flags, "-diag-suppress", "174,177",
+                *_OPERATORS, "-o", str(cubin), str(unit),
+            ])  # fmt: skip
+            ours = (k for k in parse_resources(report) if "im2win" in k.kernel)
+            if not any(kernel.spill_store_bytes for kernel in ours):
+                break
+        return cubin.read_bytes()
 
 
 def compile_ptx(source: str, arch: str) -> str:

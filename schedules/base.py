@@ -2,9 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from ..accuracy import OWN
+from ..activations import FUNCTIONS, instead_of_relu
 from ..epilogue import NONE, Epilogue
 from ..problem import ConvProblem
 from ..target import Target
@@ -109,4 +111,8 @@ class Schedule(ABC):
         reason = self.supports(problem, target) or self.check(config, problem, target)
         if reason is not None:
             raise ScheduleError(reason)
+        if epilogue.activation in FUNCTIONS:
+            relu = replace(epilogue, activation="relu")
+            module = self.schedule(problem, config, target, relu)
+            return instead_of_relu(module, epilogue.activation)
         return self.schedule(problem, config, target, epilogue)

@@ -3,9 +3,9 @@
 import random
 
 import numpy as np
-import quick_macros  # noqa: F401
 from simt_switches import TARGET
 
+import im2win_tvm.parsing  # noqa: F401
 from im2win_tvm import emulate, reference, tensors
 from im2win_tvm.epilogue import NONE, Epilogue
 from im2win_tvm.schedules import SCHEDULES

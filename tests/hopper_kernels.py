@@ -2,9 +2,9 @@
 
 import math
 
-import quick_macros  # noqa: F401
 from tvm.script import tirx as T
 
+import im2win_tvm.parsing  # noqa: F401
 from im2win_tvm.schedules.cuda_window_store import Store
 from im2win_tvm.schedules.cuda_window_walk import Taps, Tile
 from im2win_tvm.schedules.hopper import (

@@ -281,7 +281,7 @@ def test_refusals_are_one_line(im2win, arguments, message):
         ("verify", SMALL, "--schedule", "cpu_blocked", "--all-schedules"),
         ("bench", SMALL, "--target", "llvm", "--against", "mkl"),
         ("bench", SMALL, "--target", "llvm", "--against", "tvm,mkl"),
-        ("export", SMALL, "-o", "x.so", "--activation", "gelu"),
+        ("export", SMALL, "-o", "x.so", "--activation", "tanh"),
         ("inspect", SMALL, "--target", "llvm", "--ptx"),
     ],
 )

@@ -3,9 +3,9 @@
 import ml_dtypes
 import numpy as np
 import pytest
-import quick_macros  # noqa: F401
 from tvm.script import tirx as T
 
+import im2win_tvm.parsing  # noqa: F401
 from im2win_tvm.problem import ConvProblem
 from im2win_tvm.schedules import cuda_thin_rows
 from im2win_tvm.schedules.cuda_thin_copies import Copier, Slots

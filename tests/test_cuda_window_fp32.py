@@ -4,13 +4,13 @@ import functools
 
 import numpy as np
 import pytest
-import quick_macros  # noqa: F401
 from emulated import assert_nan_and_infinity_stay_local
 from fp32_errors import DATA, data, fma_chain, rms, windows
 from problems import odd_problems, problem_id
 from window_cases import BASE, CASES, EPILOGUES, FEW, IMAGES, STRIDED
 
 import im2win_tvm
+import im2win_tvm.parsing
 from im2win_tvm import emulate, lower, reference, suites, tensors, toolchain
 from im2win_tvm.epilogue import NONE, Epilogue
 from im2win_tvm.problem import ConvProblem

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 SAID = {
     "compile_and_call": "output (1, 64, 56, 56)",
     "export_and_load": "C++: 27",
-    "relax_model": "2 of 2 convolutions replaced",
+    "relax_model": "3 of 3 convolutions replaced",
     "pytorch_model": "of 2 convolutions replaced",
     "tune_your_layer": "after: {'config'",
 }

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import tvm
 from tvm import relax
+from typer.testing import CliRunner
 
+from im2win_tvm.cli import app
 from im2win_tvm.relax import UseIm2win, build
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -106,6 +108,7 @@ def test_residual_network(layout):
             f"{normalised}+relu",
             f"conv2d+add{normalised.removeprefix('conv2d')}+add+relu",
             "conv2d+add",
+            *(["conv2d+add"] if layout == "NHWC" else []),  # the head, a product
         ],
     )
     # Layouts change at the borders alone.
@@ -138,7 +141,12 @@ CHAINS = {
     "added to itself": (lambda y, _: F.relu(y + y), "conv2d+add"),
     "relu, then scaled": (lambda y, _: F.relu(y) * SCALE, "conv2d+add+relu"),
     "a row added": (lambda y, _: F.relu(y + torch.arange(7.0)), "conv2d+add"),
-    "clipped": (lambda y, _: F.relu6(y), "conv2d+add"),
+    "clipped": (lambda y, _: F.relu6(8 * y), "conv2d+add+multiply+clip"),
+    "clipped elsewhere": (lambda y, _: F.hardtanh(y, 0, 1), "conv2d+add"),
+    "clipped in steps": (lambda y, _: (8 * y).maximum(torch.tensor(0.0)).minimum(torch.tensor(6.0)),
+                         "conv2d+add+multiply+maximum+minimum"),
+    "from below alone": (lambda y, _: F.relu(8 * y).minimum(torch.tensor(5.0)),
+                         "conv2d+add+multiply+relu"),
 }  # fmt: skip
 
 
@@ -292,6 +300,54 @@ def test_cuda_functions_are_built_without_a_gpu(tmp_path):
     assert build(module, target) is not None
 
 
+class Disguised(nn.Module):
+    """Products along channels with a residual as in ConvNeXt, and a transposed convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 2)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.register_buffer("scale", torch.linspace(1, 2, 10)[:, None, None])
+        self.wide, self.narrow = nn.Linear(12, 20), nn.Linear(20, 12)
+        self.up, self.last = nn.ConvTranspose2d(12, 10, (2, 3), (2, 3)), nn.Conv2d(20, 5, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.depthwise(x).permute(0, 2, 3, 1)
+        x = x + self.narrow(F.gelu(self.wide(y))).permute(0, 3, 1, 2)
+        y = self.up(x)
+        return self.last(torch.cat([y, F.relu(y) * self.scale], 1))
+
+
+def test_convolutions_in_disguise():
+    """Layouts change where the model begins and ends, and for the patches of the transposed one."""
+    expected = ["conv2d+add", "conv2d+add", "conv2d+add+gelu", "conv2d+add+add", "conv2d"]
+    expected.append("conv2d+add")
+    module = assert_replaced(Disguised(), torch.randn(2, 3, 7, 9), expected=expected)
+    left = operators(module)
+    assert left.count("relax.permute_dims") == 3 and left.count("relax.reshape") == 2
+    assert not {"relax.matmul", "relax.nn.conv2d_transpose"} & set(left)
+
+
+class Overlapping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.up = nn.Conv2d(3, 6, 3), nn.ConvTranspose2d(6, 4, 3, 2, 1)
+
+    def forward(self, x):
+        return self.up(F.relu(self.conv(x)))
+
+
+def test_transposed_convolutions_that_overlap_stay():
+    torch.manual_seed(2)
+    model, x = Overlapping().eval(), torch.randn(2, 3, 9, 8)
+    rewrite = UseIm2win("llvm")
+    module = rewrite(imported(model, x))
+    assert [layer.schedule is None for layer in rewrite.report.layers] == [True, False]
+    with torch.no_grad():
+        np.testing.assert_allclose(outputs(module, x), model(x).numpy(), rtol=1e-4, atol=1e-5)
+
+
 def onnx_model():
     """One convolution with a bias and ReLU, and its expected output for an input."""
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
@@ -366,6 +422,15 @@ def test_models_that_are_refused(options, text, message, tmp_path):
     if text is not None:
         pytest.importorskip("onnx", reason="onnx is not installed")
         path.write_bytes(text)
-    done = im2win("export", path, "-o", tmp_path / "model.so", "--target", "llvm", *options)
-    assert done.returncode == 2 and message in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "model.so").exists()
+    arguments = ["export", path, "-o", tmp_path / "model.so", "--target", "llvm", *options]
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 2 and message in done.output, done.output
+    assert "Traceback" not in done.output and not (tmp_path / "model.so").exists()
+
+
+def test_products_with_few_rows_and_many_weights_stay():
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(4096, 1100), nn.Linear(1100, 7)).eval()
+    for batch, expected in ((2, 1), (16, 2)):
+        rewrite = UseIm2win("llvm")
+        rewrite(imported(wide, torch.randn(batch, 4096)))
+        assert len(rewrite.report.replaced) == expected

@@ -1,16 +1,20 @@
 """A model end to end, and its distinct convolutions one by one.
 
 End to end: the model with our kernels, by TVM's default build, and where it is an exported program
-by PyTorch, eager in both memory formats and by `torch.compile`. Inputs are random; every output is
-checked against PyTorch's in float32, or TVM's where there is no PyTorch program.
+by PyTorch, eager in both memory formats and by `torch.compile`; on CUDA also in CUDA graphs. Inputs
+are random; every output is checked against PyTorch's in float32, or TVM's where there is no PyTorch
+program.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +25,17 @@ from ..relax.report import Report
 from ..target import Target
 from . import report, timing, units
 from .baselines import implementations
-from .baselines.tvm_default import choose_cuda_compiler
 from .cells import aligned
+from .model_ways import TORCH, Start, Way, default_build, in_torch, in_tvm, reference
 from .run import BenchError, Progress, limits_for, run
 
 __all__ = ["measure", "text"]
 
 # Largest difference, in parts of the largest output, by the class that a model is computed in.
 _LIMITS = {"float32": 1e-4, "float16": 2e-2, "tf32": 1e-2}
-
-
-@dataclass
-class _Way:
-    """A way to compute the model: its call, and the call's outputs as float64 arrays."""
-
-    call: Callable[[], Any]
-    arrays: Callable[[Any], list[np.ndarray]]
-    peak: Callable[[], int] | None = None
+# Of others, who may sum in float16: their times count all the same.
+_OTHERS = 5
+_GRAPH = " graph"
 
 
 def measure(
@@ -50,12 +48,18 @@ def measure(
     against: list[str] | None = None,
     limits: timing.Limits | None = None,
     progress: Progress = lambda what: None,
+    layers: bool = True,
+    without: Collection[str] = (),
+    turn: Callable[[bool], AbstractContextManager] = nullcontext,
 ) -> dict[str, Any]:
     """The record, ready for JSON: that of `run` for the convolutions, and ``model``.
 
     batch: for a model with a symbolic one. dtype, accuracy: as in `relax.read` and
     `im2win_tvm.compile`. against: families of competitors, of which tvm and torch take part end to
-    end. Raises ModelError, and BenchError where nothing can be measured.
+    end. layers: whether convolutions are measured one by one, too. without: names of ways to leave
+    out. turn: for processes that share a device; what turn(alone) gives is entered while PyTorch
+    compiles, which tries kernels, and alone while anything is measured. Raises ModelError, and
+    BenchError where nothing can be measured.
     """
     from .. import relax
 
@@ -64,30 +68,32 @@ def measure(
     module = module if batch is None else relax.specialise(module, batch)
     inputs = _inputs(module)
     rewrite = relax.UseIm2win(target, accuracy=accuracy)
-    progress("im2win")
-    if target.kind == "cuda":
-        choose_cuda_compiler()
     families = ["tvm", "torch"] if against is None else against
-    ways: dict[str, Callable[[], _Way]] = {
-        "im2win": lambda: _in_tvm(rewrite(module), target, inputs)
-    }
+    kind = accuracy if accuracy == "tf32" else "float16" if _is_half(module, dtype) else "float32"
+    found = _Ways(progress, without)
+    found.add(_named("im2win", target), partial(_ours, rewrite, module, target, inputs))
     if "tvm" in families:
-        ways["tvm"] = lambda: _in_tvm(module, target, inputs)
+        found.add(_named("tvm", target), partial(_theirs, module, target, inputs))
     if "torch" in families and path.suffix == ".pt2":
-        for name, options in _TORCH.items():
-            ways[name] = lambda options=options: _in_torch(
-                path, target, inputs, dtype, accuracy == "tf32", **options
-            )
-    kind = accuracy if accuracy == "tf32" else "float16" if dtype == "float16" else "float32"
-    entries = _measured(ways, _reference(path, module, inputs, target), kind, target, limits)
+        held: dict[tuple, Any] = {}
+        for name, options in TORCH.items():
+            if target.kind == "cuda" or not options.get("graph"):
+                tf32 = accuracy == "tf32"
+                way = partial(in_torch, path, target, inputs, dtype, tf32, held, **options)
+                with turn(False):
+                    found.add([name], lambda way=way: [way()])
     counts = convolutions(rewrite.report)
     problems = {f"{n}x {problem}": problem for problem, n in counts.items()}
     schedules = sorted({each.schedule for each in rewrite.report.replaced})
     if not problems:
         raise BenchError(f"{path}: none of its convolutions is replaced:\n{rewrite.report}")
-    contenders = implementations(target, families, schedules)
-    record = run(problems, target, contenders, limits, progress, accuracy)
-    for layer, count in zip(record["layers"], counts.values(), strict=True):
+    with turn(True):
+        expected = reference(path, module, inputs, target)
+        clock = timing.CallsClock() if target.kind == "cuda" else timing.clock_for(target.kind)
+        entries = found.measured(expected, kind, clock, limits)
+        contenders = implementations(target, families, schedules) if layers else []
+        record = run(problems if layers else {}, target, contenders, limits, progress, accuracy)
+    for layer, count in zip(record["layers"], counts.values(), strict=layers):
         layer["count"] = count
     return record | {
         "kind": "model",
@@ -95,11 +101,108 @@ def measure(
             "file": path.name,
             "inputs": {name: [list(x.shape), str(x.dtype)] for name, x in inputs.items()},
             "class": kind,
+            "protocol": timing.describe(clock, limits),
             "convolutions": len(rewrite.report.layers),
             "replaced": len(rewrite.report.replaced),
+            "schedules": Counter(each.schedule for each in rewrite.report.replaced),
+            "build_seconds": found.seconds,
             "implementations": entries,
         },
     }
+
+
+def _is_half(module: Any, dtype: str | None) -> bool:
+    """Whether a model is computed in float16: as asked, or by its own inputs."""
+    inputs = {str(parameter.ty.dtype) for parameter in module["main"].params}
+    return dtype == "float16" or (dtype is None and "float16" in inputs)
+
+
+def _named(name: str, target: Target) -> list[str]:
+    return [name, name + _GRAPH] if target.kind == "cuda" else [name]
+
+
+def _ours(rewrite: Any, module: Any, target: Target, inputs: dict) -> list[Start]:
+    from .. import relax
+
+    module = rewrite(module)
+    if target.kind != "cuda":
+        return [partial(in_tvm, relax.build(module, target), target, inputs, False)]
+    built = (relax.build(module, target, cuda_graph=graph) for graph in (False, True))
+    return [
+        partial(in_tvm, each, target, inputs, graph)
+        for each, graph in zip(built, (False, True), strict=True)
+    ]
+
+
+def _theirs(module: Any, target: Target, inputs: dict) -> list[Start]:
+    graphs = (False, True) if target.kind == "cuda" else (False,)
+    built = default_build(module, target, graphs)
+    return [
+        partial(in_tvm, each, target, inputs, graph)
+        for each, graph in zip(built, graphs, strict=True)
+    ]
+
+
+class _Ways:
+    """Ways that are built as they are added; what cannot be built is a gap, ours a failure."""
+
+    def __init__(self, progress: Progress, without: Collection[str]) -> None:
+        self.progress, self.without = progress, without
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.starts: dict[str, Start] = {}
+        self.seconds: dict[str, float] = {}
+
+    def add(self, names: list[str], build: Callable[[], list[Start]]) -> None:
+        """The ways that one build gives."""
+        wanted = [name for name in names if name not in self.without]
+        if not wanted:
+            return
+        self.progress(names[0])
+        started = time.monotonic()
+        for name in wanted:
+            self.entries[name] = {"name": name, "status": "ok", "reason": None}
+        try:
+            built = dict(zip(names, build(), strict=True))
+            self.starts |= {name: built[name] for name in wanted}
+        except Exception as error:
+            for name in wanted:
+                self._failed(name, error)
+        self.seconds[names[0]] = round(time.monotonic() - started, 1)
+
+    def _failed(self, name: str, error: Exception) -> None:
+        entry = self.entries[name]
+        entry["status"] = "failed" if name.startswith("im2win") else "absent"
+        entry["reason"] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+    def measured(
+        self, expected: list[np.ndarray], kind: str, clock: timing.Clock, limits: timing.Limits
+    ) -> list[dict[str, Any]]:
+        """One entry a way: checked, its peak, and times of all by turns."""
+        calls = {}
+        for name, start in self.starts.items():
+            entry = self.entries[name]
+            try:
+                way = start()
+                if self._is_right(entry, way, expected, kind):
+                    entry["peak_bytes"] = way.peak() if way.peak else None
+                    calls[name] = way.call
+            except Exception as error:
+                self._failed(name, error)
+        self.progress("times")
+        times = timing.measure(calls, clock, limits) if calls else {}
+        for name, states in times.items():
+            self.entries[name]["times"] = {state: asdict(value) for state, value in states.items()}
+        return list(self.entries.values())
+
+    def _is_right(self, entry: dict, way: Way, expected: list[np.ndarray], kind: str) -> bool:
+        error = _error(way.arrays(way.call()), expected)
+        entry["relative_error"] = error if math.isfinite(error) else None
+        limit = _LIMITS[kind] * (1 if entry["name"].startswith("im2win") else _OTHERS)
+        if error <= limit:
+            return True
+        entry["status"] = "failed"
+        entry["reason"] = f"error {error:.1e}: allowed for {kind} is {limit:.0e}"
+        return False
 
 
 def convolutions(found: Report) -> Counter[ConvProblem]:
@@ -137,8 +240,11 @@ def text(record: dict[str, Any]) -> str:
         f"{model['file']}: {inputs}; {model['replaced']} of {model['convolutions']} convolutions "
         f"replaced; time over im2win's, larger is slower"
     )
-    layers = "Its convolutions, without what is computed with them (how often, which):"
-    return "\n".join([heading, "", *aligned(rows), *notes, "", layers, report.text(record)])
+    parts = [heading, "", *aligned(rows), *notes]
+    if record["layers"]:
+        layers = "Its convolutions, without what is computed with them (how often, which):"
+        parts += ["", layers, report.text(record)]
+    return "\n".join(parts)
 
 
 def _inputs(module: Any) -> dict[str, np.ndarray]:
@@ -153,119 +259,6 @@ def _inputs(module: Any) -> dict[str, np.ndarray]:
             ) from None
         made[str(parameter.name)] = rng.standard_normal(shape).astype(str(parameter.ty.dtype))
     return made
-
-
-def _in_tvm(module: Any, target: Target, inputs: dict[str, np.ndarray]) -> _Way:
-    import tvm
-
-    from ..relax import build
-
-    device = tvm.cuda() if target.kind == "cuda" else tvm.cpu()
-    main = tvm.relax.VirtualMachine(build(module, target), device)["main"]
-    given = [tvm.runtime.tensor(x, device) for x in inputs.values()]
-    return _Way(lambda: main(*given), lambda out: [x.numpy() for x in _flat(out)])
-
-
-def _flat(out: Any) -> list[Any]:
-    return [out] if hasattr(out, "numpy") else [x for part in out for x in _flat(part)]
-
-
-#: PyTorch's ways by name.
-_TORCH: dict[str, dict[str, bool]] = {
-    "torch nchw": {},
-    "torch nhwc": {"channels_last": True},
-    "torch.compile": {"compiled": True},
-}
-
-
-def _in_torch(
-    path: Path,
-    target: Target,
-    inputs: dict[str, np.ndarray],
-    dtype: str | None,
-    tf32: bool,
-    channels_last: bool = False,
-    compiled: bool = False,
-) -> _Way:
-    import torch
-
-    from .baselines.torch_conv import peak_above
-
-    on_cuda = target.kind == "cuda"
-    device = "cuda" if on_cuda else "cpu"
-    model = torch.export.load(path).module().to(device)
-    given = [torch.tensor(x, device=device) for x in inputs.values()]
-    if dtype is not None:
-        model = model.to(getattr(torch, dtype))
-        given = [x.to(getattr(torch, dtype)) for x in given]
-    if channels_last:
-        model = model.to(memory_format=torch.channels_last)
-        given = [
-            x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in given
-        ]
-    if on_cuda:
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.benchmark_limit = 0
-    else:
-        torch.set_num_threads(target.threads)
-    function = torch.compile(model, dynamic=False) if compiled else model
-
-    def call() -> Any:
-        # Ways with and without TF32 take turns.
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-        with torch.no_grad():
-            return function(*given)
-
-    def arrays(out: Any) -> list[np.ndarray]:
-        return [x.float().cpu().numpy() for x in torch.utils._pytree.tree_leaves(out)]
-
-    return _Way(call, arrays, (lambda: peak_above(call)) if on_cuda else None)
-
-
-def _reference(
-    path: Path, module: Any, inputs: dict[str, np.ndarray], target: Target
-) -> list[np.ndarray]:
-    """The outputs in float32, by PyTorch's program on the CPU, or by TVM's default build."""
-    if path.suffix != ".pt2":
-        way = _in_tvm(module, target, inputs)
-        return way.arrays(way.call())
-    import torch
-
-    model = torch.export.load(path).module().float()
-    with torch.no_grad():
-        out = model(*(torch.tensor(x).float() for x in inputs.values()))
-    return [x.numpy() for x in torch.utils._pytree.tree_leaves(out)]
-
-
-def _measured(
-    ways: dict[str, Callable[[], _Way]],
-    expected: list[np.ndarray],
-    kind: str,
-    target: Target,
-    limits: timing.Limits,
-) -> list[dict[str, Any]]:
-    """One entry a way; what cannot be built or run is a gap, and of our own a failure."""
-    entries, calls = {}, {}
-    for name, make in ways.items():
-        entry = entries[name] = {"name": name, "status": "ok", "reason": None}
-        try:
-            way = make()
-            error = _error(way.arrays(way.call()), expected)
-            entry["relative_error"] = error if math.isfinite(error) else None
-            if not error <= _LIMITS[kind]:
-                entry["status"] = "failed"
-                entry["reason"] = f"error {error:.1e}: allowed for {kind} is {_LIMITS[kind]:.0e}"
-                continue
-            entry["peak_bytes"] = way.peak() if way.peak else None
-        except Exception as error:
-            entry["status"] = "failed" if name == "im2win" else "absent"
-            entry["reason"] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            continue
-        calls[name] = way.call
-    times = timing.measure(calls, timing.clock_for(target.kind), limits) if calls else {}
-    for name, states in times.items():
-        entries[name]["times"] = {state: asdict(value) for state, value in states.items()}
-    return list(entries.values())
 
 
 def _error(actual: list[np.ndarray], expected: list[np.ndarray]) -> float:

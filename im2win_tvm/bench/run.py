@@ -91,7 +91,7 @@ def run(
         "layers": [],
     }
     _build_ahead(problems, target, entrants, progress)
-    if target.kind == "cuda":
+    if target.kind == "cuda" and problems:
         classes = {accepted(problem.dtype, accuracy)[0] for problem in problems.values()}
         # Where there is no TF32, a product by that name would be another's.
         classes -= {TF32} if no_tf32(target) else set()

@@ -13,6 +13,7 @@ neighbour that wakes up hits all of them. What a turn is depends on the device:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -141,6 +142,40 @@ class CudaClock:
         self.wait()
         cold, hot = (start.elapsed_time(end) * 1e-3 for start, end in events)
         return {"cold": [cold], "hot": [hot]}
+
+
+class CallsClock(CudaClock):
+    """Device time of calls back to back, as of a model that serves: with what the host costs."""
+
+    # Seconds that the calls of a turn take at least.
+    group = 0.03
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: dict[Call, int] = {}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "clock": "CUDA events around calls back to back, divided by their number",
+            "cache": "steady: what the call before left",
+            "turn": f"an untimed call, then calls for {self.group * 1e3:g} ms at least",
+        }
+
+    def turn(self, call: Call) -> dict[str, list[float]]:
+        start, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
+        calls = self._calls.get(call, 1)
+        call()
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        self.wait()
+        seconds = start.elapsed_time(end) * 1e-3
+        if seconds < self.group:
+            # Measured again, until a turn is long enough.
+            self._calls[call] = max(calls + 1, math.ceil(1.1 * calls * self.group / seconds))
+            return self.turn(call)
+        return {"steady": [seconds / calls]}
 
 
 def clock_for(kind: str) -> Clock:

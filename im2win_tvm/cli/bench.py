@@ -91,6 +91,10 @@ def bench(
     png: Annotated[
         Path | None, typer.Option("--png", metavar="FILE", help="Write a chart of the record.")
     ] = None,
+    no_layers: Annotated[
+        bool,
+        typer.Option("--no-layers", help="Of a MODEL only the whole, not each convolution."),
+    ] = False,
     roofline_path: Annotated[
         Path | None,
         typer.Option("--roofline", metavar="FILE", help="Write a roofline as PNG (cuda only)."),
@@ -116,8 +120,12 @@ def bench(
     if model is not None:
         refuse(context, "a model", _NOT_OF_MODELS)
         measured_in = chosen_dtype(context, dtype)
-        _bench_model(model, resolved, batch, measured_in, accuracy, against, time_limit, json_path)
+        _bench_model(
+            model, resolved, batch, measured_in, accuracy, against, time_limit, json_path, no_layers
+        )
         return
+    if no_layers:
+        raise typer.BadParameter("no-layers: allowed with a model")
     chosen = _problems(problems or [], suite, batch, dtype, layout, resolved.kind)
     contenders = implementations(
         resolved,
@@ -164,6 +172,7 @@ def _bench_model(
     against: list[str] | None,
     time_limit: float | None,
     json_path: Path | None,
+    no_layers: bool,
 ) -> None:
     from ..bench import models
     from ..bench.run import failures, limits_for
@@ -177,6 +186,7 @@ def _bench_model(
             accuracy=accuracy,
             against=_families(against),
             limits=limits_for(target, time_limit),
+            layers=not no_layers,
         )
     print(models.text(record))
     if json_path is not None:

@@ -52,7 +52,8 @@ def export(
         bool, typer.Option("--residual", help="The kernel adds a tensor like the output.")
     ] = False,
     activation: Annotated[
-        str | None, typer.Option("--activation", help="relu, applied last. Default: none.")
+        str | None,
+        typer.Option("--activation", help="relu, relu6 or gelu, applied last. Default: none."),
     ] = None,
     choice: Annotated[
         str | None,
@@ -83,7 +84,7 @@ def export(
     from ..epilogue import ACTIVATIONS
 
     if activation not in ACTIVATIONS:
-        raise typer.BadParameter(f"activation={activation!r}: allowed: relu")
+        raise typer.BadParameter(f"activation={activation!r}: allowed: relu, relu6, gelu")
     _, parsed = parse_problem(problem, dtype, layout, batch)
     with working(f"compiling {parsed}"):
         kernel = compiler.compile(

@@ -1,8 +1,8 @@
 """Convolutions of a Relax function, each with what follows it and can be computed with it.
 
-``relu(affine(conv2d(x, w)) + residual)``: affine is any number of additions, subtractions,
-multiplications and divisions by a constant for each channel, which is what batch normalisation and
-a bias are at inference. Everything but the last may have no other reader.
+``relu(affine(conv2d(x, w)) + residual)``, or ReLU6 or GELU of it: affine is any number of
+additions, subtractions, multiplications and divisions by a constant for each channel, which is what
+batch normalisation and a bias are at inference. Everything but the last may have no other reader.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Chain:
     """A convolution and what is computed with it.
 
     call: the convolution; bindings: of it and what follows, in order. scale, shift: of each output
-    channel, in float64; residual: what is added; relu: whether negatives become 0.
+    channel, in float64; residual: what is added; activation: as in `Epilogue`.
     """
 
     call: relax.Call
@@ -33,7 +33,7 @@ class Chain:
     scale: np.ndarray | None = None
     shift: np.ndarray | None = None
     residual: relax.Expr | None = None
-    relu: bool = False
+    activation: str | None = None
     operators: list[str] = field(default_factory=list)
 
     @property
@@ -82,7 +82,7 @@ def _operator(expr: relax.Expr) -> str | None:
 
 def _follow(chain: Chain, later: list, readers: Counter, outputs: set, taken: set) -> None:
     """Take what reads the chain's end, as far as it can be computed with it."""
-    while not chain.relu:
+    while chain.activation in (None, "relu"):
         var = chain.last.var
         if var in outputs or readers[var] != 1:
             return
@@ -101,10 +101,11 @@ def _reads(expr: relax.Expr, var: relax.Var) -> bool:
 def _take(chain: Chain, binding: relax.Binding, var: relax.Var) -> bool:
     """Whether the operator of a binding is now part of the chain."""
     call, name = binding.value, _operator(binding.value)
-    if name == "relax.nn.relu":
-        chain.relu = True
+    activation = _activation(call, name, var, chain.activation)
+    if activation is not None:
+        chain.activation = activation
         return True
-    if name not in _AFFINE or binding.var.ty != var.ty:
+    if chain.activation is not None or name not in _AFFINE or binding.var.ty != var.ty:
         return False
     left, right = call.args
     other = right if var.same_as(left) else left
@@ -120,6 +121,35 @@ def _take(chain: Chain, binding: relax.Binding, var: relax.Var) -> bool:
         return False
     _compose(chain, name, values, negative=other.same_as(left))
     return True
+
+
+def _activation(call: relax.Call, name: str, var: relax.Var, before: str | None) -> str | None:
+    """What an operator makes of the activation before it, as `Epilogue` names it; None if neither.
+
+    GELU is the exact one; ReLU6 is one `clip`, or two steps where models are brought into float16.
+    """
+    if name in ("relax.nn.relu", "relax.nn.gelu") and before is None:
+        return name.rpartition(".")[2]
+    if name == "relax.clip" and [_number(each) for each in call.args[1:]] == [0, 6]:
+        return "relu6"
+    if name in ("relax.maximum", "relax.minimum"):
+        left, right = call.args
+        limit = _number(right if var.same_as(left) else left)
+        if name == "relax.maximum" and limit == 0 and before is None:
+            return "relu"
+        if name == "relax.minimum" and limit == 6 and before == "relu":
+            return "relu6"
+    return None
+
+
+def _number(expr: relax.Expr) -> float | None:
+    """The value of a constant of one element, or of a number among operands."""
+    while not isinstance(expr, int | float | tvm.ir.GenericConst) and hasattr(expr, "value"):
+        expr = expr.value
+    if isinstance(expr, tvm.ir.GenericConst):
+        values = expr.value.numpy()
+        return float(values.reshape(())) if values.size == 1 else None
+    return float(expr) if isinstance(expr, int | float) else None
 
 
 def _per_channel(expr: relax.Expr, conv: relax.Call) -> np.ndarray | None:

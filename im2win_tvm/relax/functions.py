@@ -9,6 +9,7 @@ import numpy as np
 import tvm
 import tvm_ffi
 
+from .. import simulate
 from ..accuracy import allowed
 from ..emulate import serial
 from ..epilogue import Epilogue
@@ -20,9 +21,17 @@ from ..select import Choice, select
 from ..target import Target
 from .measured import Comparison, compare
 
-__all__ = ["Functions"]
+__all__ = ["Functions", "as_scheduled"]
 
+# Threads that are simulated together: filters have no barriers, and NumPy costs per call.
+_LANES = 1 << 16
 _SCHEDULED, _OPAQUE = "tirx.is_scheduled", 8
+
+
+def as_scheduled(function: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
+    """One that TVM's pipeline leaves as it is, and fuses with nothing."""
+    function = function.without_attr("global_symbol")
+    return function.with_attr(_SCHEDULED, True).with_attr("op_pattern", _OPAQUE)
 
 
 class Functions:
@@ -75,17 +84,18 @@ class Functions:
     def variable(self, builder, problem, epilogue, module, name: str) -> tvm.ir.GlobalVar:
         key = problem, epilogue, name
         if key not in self._variables:
-            function = module[name].without_attr("global_symbol")
-            function = function.with_attr(_SCHEDULED, True).with_attr("op_pattern", _OPAQUE)
-            self._variables[key] = builder.add_func(function, name)
+            self._variables[key] = builder.add_func(as_scheduled(module[name]), name)
         return self._variables[key]
 
     def prepared(self, module: tvm.IRModule, w: np.ndarray) -> np.ndarray:
         """The filter in the kernel's order, made on this machine's CPU whatever the target."""
         function = module[PREPARE]
-        if is_tirx(function):
-            raise ScheduleError(f"{PREPARE}: written in TIRx, allowed is TensorIR")
         parameters = function_parameters(module)[PREPARE]
+        if is_tirx(function):
+            made = np.zeros(parameters[-1].shape, parameters[-1].dtype)
+            arrays = zip(parameters, (np.ascontiguousarray(w), made), strict=True)
+            simulate.run(function, {p.name: array for p, array in arrays}, lanes=_LANES)
+            return made
         key = tvm_ffi.structural_hash(function)
         if key not in self._libraries:
             compiled = tvm.compile(tvm.IRModule({PREPARE: serial(function)}), target="llvm")

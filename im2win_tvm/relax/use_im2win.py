@@ -18,8 +18,14 @@ from ..select import Choice
 from ..target import Target, resolve
 from .chains import Chain, chains
 from .constants import FoldConstants
+from .disguised import AsConvolutions
+from .ends import QuickEnds
 from .functions import Functions
+from .joining import JoinPatches
+from .normalisation import NormaliseByRows
+from .pooling import PoolByPixels
 from .report import Layer, Report
+from .views import SinkViews
 
 __all__ = ["Layer", "Report", "UseIm2win"]
 
@@ -43,10 +49,12 @@ class UseIm2win:
     own kernel stays.
 
     To be applied to what an importer gives, before operators are legalized. Batch normalisation is
-    folded into filters; bias, residual addition and ReLU are computed with the convolution; filters
-    that are constants are prepared here, others at every call. Convolutions of symbolic shape (see
-    `specialise`), of one or three axes, transposed ones and those in branches stay TVM's. `report`
-    tells of the last module. Build with `im2win_tvm.relax.build`.
+    folded into filters; bias, residual addition, ReLU, ReLU6 and GELU are computed with the
+    convolution; filters that are constants are prepared here, others at every call. In NHWC,
+    products with constant matrices and transposed convolutions that do not overlap are
+    convolutions, too (see `disguised`). Convolutions of symbolic shape (see `specialise`), of one
+    or three axes, other transposed ones and those in branches stay TVM's. `report` tells of the
+    last module. Build with `im2win_tvm.relax.build`.
     """
 
     def __init__(
@@ -69,6 +77,9 @@ class UseIm2win:
     def transform_module(self, module: tvm.IRModule, _context) -> tvm.IRModule:
         self.report = Report()
         module = _simplified(module, self.layout)
+        if self.target.kind == "cuda":
+            passes = [PoolByPixels(), NormaliseByRows(), JoinPatches(), QuickEnds()]
+            module = tvm.ir.transform.Sequential(passes)(module)
         functions = Functions(self.target, self.accuracy, self.choice == "measured", self.keep)
         mutator = _Mutator(module, functions, self)
         for variable, function in module.functions_items():
@@ -96,6 +107,8 @@ def _simplified(module: tvm.IRModule, layout: str | None) -> tvm.IRModule:
         converted = relax.transform.ConvertLayout(wanted), relax.transform.Normalize()
         # Constants have the rank of what they are added to before it changes the order of axes.
         passes = [relax.transform.CanonicalizeBindings(), FoldConstants(), *converted, *passes]
+    if layout == "NHWC":
+        passes += [AsConvolutions(), relax.transform.CanonicalizeBindings(), SinkViews()]
     return tvm.ir.transform.Sequential([relax.transform.ConvertToDataflow(1), *passes])(module)
 
 
@@ -147,7 +160,7 @@ class _Mutator(relax.PyExprMutator):
                 epilogue = Epilogue(
                     chain.shift is not None,
                     chain.residual is not None,
-                    "relu" if chain.relu else None,
+                    chain.activation,
                 )
                 choice, lowered = self.functions.of(problem, epilogue)
             except (ProblemError, ScheduleError) as error:

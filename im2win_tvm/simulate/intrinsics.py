@@ -4,6 +4,7 @@ An entry makes, from the compiler and the call, a function of a mask. Other modu
 `intrinsic`, and `ptx.ptx` those of PTX.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,7 @@ _FUNCTIONS = {
     "ceil": np.ceil, "trunc": np.trunc, "fabs": np.abs, "abs": np.abs, "pow": np.power,
     "nearbyint": np.rint, "round": np.rint, "rsqrt": lambda x: 1 / np.sqrt(x),
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)), "isnan": np.isnan, "isinf": np.isinf,
-    "isfinite": np.isfinite,
+    "isfinite": np.isfinite, "erf": np.vectorize(math.erf, otypes=[np.float64]),
     "fma": lambda x, y, z: fused(x, y, z),
 }  # fmt: skip
 

@@ -12,19 +12,19 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import library
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..accuracy import TF32, AccuracyError
 from ..arrays import ArgumentError
 from ..epilogue import Epilogue
-from ..kernel import Kernel, PreparedWeights
+from ..kernel import Kernel
 from ..kernel_cache import KernelCache
 from ..problem import ConvProblem
 from ..target import TargetError, resolve
+from .weights import Cast, Prepared
 
 __all__ = ["CACHE", "FallbackWarning", "conv2d", "kernel_of"]
 
@@ -154,43 +154,7 @@ def kernel_of(input, weight, bias, stride, padding, dilation, groups, accuracy) 
     return _kernels[call]
 
 
-class _Prepared:
-    """Constant weights in the order of kernels, for as long as PyTorch has them."""
-
-    def __init__(self):
-        self._held: dict[tuple, tuple[StorageWeakRef, int, PreparedWeights, Any]] = {}
-        self._guard = threading.Lock()
-
-    def get(self, kernel: Kernel, weight: torch.Tensor) -> PreparedWeights | torch.Tensor:
-        if weight.is_inference():  # has no count of changes
-            return weight.contiguous()
-        storage, version = weight.untyped_storage(), weight._version
-        # Another tensor may come to lie in the same memory: its storage is another one.
-        key = (
-            kernel.metadata["prepare_hash"], storage._cdata, weight.storage_offset(),
-            weight.stride(), weight.device,
-        )  # fmt: skip
-        held = self._held.get(key)
-        capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
-        if held is None or held[0].expired() or held[1] != version:
-            if capturing:  # nothing is computed now: others would read what is not there yet
-                return weight.contiguous()
-            made = kernel.prepare(weight.contiguous())
-            event = torch.cuda.current_stream().record_event() if weight.is_cuda else None
-            held = StorageWeakRef(storage), version, made, event
-            with self._guard:
-                # Those of weights that are gone go, too.
-                self._held = {k: v for k, v in self._held.items() if not v[0].expired()}
-                self._held[key] = held
-        elif weight.is_cuda and not capturing:
-            # They may have been made on another stream, and be dropped while this one reads them.
-            stream = torch.cuda.current_stream()
-            stream.wait_event(held[3])
-            held[2].packed.record_stream(stream)
-        return held[2]
-
-
-_PREPARED = _Prepared()
+_PREPARED = Prepared()
 
 
 @contextmanager
@@ -320,45 +284,7 @@ def _backward(ctx, gradient):
 library.register_autograd(NAME, _backward, setup_context=_keep)
 
 
-class _Cast:
-    """Constant weights in the dtype of autocast, for as long as PyTorch has them.
-
-    They are prepared once as long as they are the same tensor.
-    """
-
-    def __init__(self):
-        self._held: dict[tuple, tuple[StorageWeakRef, int, torch.Tensor]] = {}
-        self._guard = threading.Lock()
-
-    def get(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
-        # Gradients go through a cast of their own; an inference tensor has no count of changes.
-        if weight.dtype == torch.float64:
-            return weight
-        if weight.dtype == dtype or weight.requires_grad or weight.is_inference():
-            return weight.to(dtype)
-        storage, version = weight.untyped_storage(), weight._version
-        key = (
-            storage._cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.device,
-            dtype,
-        )  # fmt: skip
-        held = self._held.get(key)
-        if held is None or held[0].expired() or held[1] != version:
-            made = weight.to(dtype)
-            if capturing:  # nothing is computed now: others would read what is not there yet
-                return made
-            if made.is_cuda:  # other streams may read it next
-                torch.cuda.current_stream().synchronize()
-            held = StorageWeakRef(storage), version, made
-            with self._guard:
-                self._held = {k: v for k, v in self._held.items() if not v[0].expired()}
-                self._held[key] = held
-        elif held[2].is_cuda and not capturing:
-            held[2].record_stream(torch.cuda.current_stream())
-        return held[2]
-
-
-_CAST = _Cast()
+_CAST = Cast()
 _CONSTANT_WEIGHT = 5  # its place among the arguments after the tensors
 
 

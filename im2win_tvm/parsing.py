@@ -1,0 +1,27 @@
+"""Imported for what it does: kernels in TIRx are parsed in half the time.
+
+TVM looks for the parser at work in all frames together with the text of their sources, at every
+call of an inline function; it is in the nearest frame of a module that has it.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from tvm.script.parser.core import parser
+
+__all__: list[str] = []
+
+
+def _parser_at_work(macro):
+    frame = inspect.currentframe()
+    while frame is not None:
+        if parser.ScriptMacro.parser_object_name in frame.f_globals:
+            return frame.f_globals[parser.ScriptMacro.parser_object_name]
+        frame = frame.f_back
+    return _before(macro)
+
+
+_before = getattr(parser.ScriptMacro, "_find_parser_def", None)
+if _before is not None:  # else another TVM
+    parser.ScriptMacro._find_parser_def = _parser_at_work

@@ -1,0 +1,84 @@
+"""The table of docs/models.md from records of measure_models.py.
+
+python models_table.py FOLDER      with MODEL-DTYPE-BATCH.json
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+ORDER = ("resnet50", "mobilenet_v2", "vgg16", "unet", "ssd300", "convnext_tiny")
+HEAD = (
+    "model", "dtype", "batch", "im2win", "in a graph", "TVM", "ratio", "PyTorch", "in a graph",
+    "ratio", "torch.compile", "in a graph", "ratio", "peak MiB: im2win, TVM, PyTorch, compiled",
+)  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    rows, ratios = [], {"TVM": [], "PyTorch": [], "torch.compile": []}
+    for path in sorted(parser.parse_args().folder.glob("*.json"), key=place):
+        record = json.loads(path.read_text())
+        entries = {e["name"]: e for e in record["model"]["implementations"]}
+        rows.append([*path.stem.rsplit("-", 2), *cells(entries, ratios)])
+    print("| " + " | ".join(HEAD) + " |")
+    print("| --- | --- |" + " ---: |" * (len(HEAD) - 3) + " --- |")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+    for name, found in ratios.items():
+        mean = math.exp(sum(map(math.log, found)) / len(found))
+        faster = sum(ratio > 1 for ratio in found)
+        print(
+            f"{name}: geomean {mean:.2f}x ({min(found):.2f}x to {max(found):.2f}x), "
+            f"faster on {faster} of {len(found)}"
+        )
+
+
+def place(path):
+    name, dtype, batch = path.stem.rsplit("-", 2)
+    return dtype, ORDER.index(name), int(batch)
+
+
+def cells(entries, ratios):
+    """Those of one record; a ratio is of the best of both sides, in a graph or not."""
+    times = {n: e["times"]["steady"]["median_us"] for n, e in entries.items() if "times" in e}
+    groups = {
+        "im2win": ("im2win", "im2win graph"),
+        "TVM": ("tvm", "tvm graph"),
+        "PyTorch": ("torch nchw", "torch nhwc", "torch nhwc graph"),
+        "torch.compile": ("torch.compile", "torch.compile graph"),
+    }
+    best = {
+        group: min(times[name] for name in names if name in times)
+        for group, names in groups.items()
+        if any(name in times for name in names)
+    }
+
+    def time(*names):
+        found = [times[name] for name in names if name in times]
+        return f"{min(found):.0f}" if found else "-"
+
+    def ratio(group):
+        if group not in best:
+            return "-"
+        ratios[group].append(best[group] / best["im2win"])
+        return f"{ratios[group][-1]:.2f}x"
+
+    def peak(*names):
+        found = [entries[name].get("peak_bytes") for name in names if name in entries]
+        found = [n for n in found if n is not None]
+        return f"{min(found) / 2**20:.0f}" if found else "-"
+
+    peaks = peak("im2win"), peak("tvm"), peak("torch nchw", "torch nhwc"), peak("torch.compile")
+    return [
+        time("im2win"), time("im2win graph"), time("tvm", "tvm graph"), ratio("TVM"),
+        time("torch nchw", "torch nhwc"), time("torch nhwc graph"), ratio("PyTorch"),
+        time("torch.compile"), time("torch.compile graph"), ratio("torch.compile"),
+        ", ".join(peaks),
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
