@@ -24,7 +24,7 @@ EPILOGUES = [
     Epilogue(*parts) for parts in itertools.product([False, True], [False, True], [None, "relu"])
 ]
 FULL = Epilogue(True, True, "relu")
-BASE = ConvProblem(2, 3, (21, 23), 40, 3, 2, 1, dtype="float16", layout="NHWC")
+BASE = ConvProblem(2, 3, (21, 23), 40, 3, 2, 1, dtype="float16")
 
 
 def config(problem: ConvProblem, more: int = 1, **fields) -> Config:
@@ -87,30 +87,29 @@ CASES = {
     "odd images": (P(input_size=(21, 21)), dict()),
     "pairs, 11x11 stride 4": (
         P(input_size=(31, 39), out_channels=96, kernel_size=11, stride=4, padding=0),
-        dict(warpgroups=3, rows=4, steps=3, pairs=True, layout="NHWC"),
+        dict(warpgroups=3, rows=4, steps=3, pairs=True),
     ),
     "pairs, 7x7 stem": (
         P(input_size=(24, 33), kernel_size=7, padding=3),
-        dict(pairs=True, layout="NHWC", turns=True),
+        dict(pairs=True, turns=True),
     ),
-    "pairs, stride 1": (
-        P(stride=1, input_size=(9, 30), batch=3), dict(pairs=True, layout="NHWC", steps=1)
-    ),
-    "pairs, filled up": (
-        P(stride=1, input_size=(8, 30)), dict(pairs=True, layout="NHWC", channels=4)
-    ),
+    "pairs, stride 1": (P(stride=1, input_size=(9, 30), batch=3), dict(pairs=True, steps=1)),
+    "pairs, filled up": (P(stride=1, input_size=(8, 30)), dict(pairs=True, channels=4)),
     "pairs, whole fours": (
-        P(kernel_size=5, in_channels=8, stride=(3, 1)), dict(pairs=True, layout="NHWC", producers=2)
+        P(kernel_size=5, in_channels=8, stride=(3, 1)),
+        dict(pairs=True, producers=2),
     ),
     "pairs, half a word at the end of a four": (
-        P(in_channels=3, kernel_size=(4, 5), input_size=(13, 40)), dict(pairs=True, layout="NHWC")
+        P(in_channels=3, kernel_size=(4, 5), input_size=(13, 40)),
+        dict(pairs=True),
     ),
     "pairs, one word a row": (
         P(in_channels=1, kernel_size=(5, 2), stride=2, batch=3, input_size=(13, 40)),
-        dict(pairs=True, layout="NHWC"),
+        dict(pairs=True),
     ),
     "pairs, many small images": (
-        P(batch=40, input_size=(5, 6), padding=0, stride=1), dict(pairs=True, layout="NHWC")
+        P(batch=40, input_size=(5, 6), padding=0, stride=1),
+        dict(pairs=True),
     ),
 }
 
@@ -119,16 +118,15 @@ def cases() -> Iterator[tuple[str, ConvProblem, Config, Epilogue]]:
     """Each of the cases in one dtype and layout and with one epilogue, which take turns."""
     for turn, (name, (problem, fields)) in enumerate(CASES.items()):
         dtype, layout = tuple(FORMS)[turn % 3], ("NHWC", "NCHW")[turn // 3 % 2]
-        layout = fields.get("layout", layout)
+        layout = "NHWC" if fields.get("pairs") else layout
         yield name, *case(problem, fields, dtype, layout), EPILOGUES[turn % 8]
 
 
 def case(problem: ConvProblem, fields: dict, dtype: str, layout: str):
     """A problem of CASES in another dtype and layout, and its configuration."""
     problem = problem.replace(dtype=dtype, layout=layout)
-    fields = {k: v for k, v in fields.items() if k != "layout"}
     if layout != "NHWC":
-        fields["pairs"] = False
+        fields = fields | dict(pairs=False)
     if dtype == "float32":
         fields = {k: v for k, v in fields.items() if k != "channels"}
     return problem, config(problem, **fields)
@@ -182,6 +180,7 @@ def _config(chance: random.Random, problem: ConvProblem) -> Config:
         blocks=chance.choice([1, 1, 2, 3]),
         producers=chance.choice([1, 1, 2]),
         turns=chance.choice([False, True]),
+        pairs=chance.random() < 0.3,
     )
     most = Geometry(problem, Config(rows=1, stages=2, **fields)).most_rows
     rows = chance.randint(1, min(8, most))
