@@ -24,7 +24,7 @@ EPILOGUES = [
     Epilogue(*parts) for parts in itertools.product([False, True], [False, True], [None, "relu"])
 ]
 FULL = Epilogue(True, True, "relu")
-BASE = ConvProblem(2, 3, (21, 23), 40, 3, 2, 1, dtype="float16")
+BASE = ConvProblem(2, 3, (21, 23), 40, 3, 2, 1, dtype="float16", layout="NHWC")
 
 
 def config(problem: ConvProblem, more: int = 1, **fields) -> Config:
