@@ -48,7 +48,9 @@ def instead_of_relu(module: tvm.IRModule, activation: str) -> tvm.IRModule:
         for variable, each in module.functions_items()
     }
     if not found:
-        raise RuntimeError(f"activation={activation!r}: the schedule's module applies no ReLU")
+        from .schedules.base import ScheduleError  # which needs this module
+
+        raise ScheduleError(f"activation={activation!r}: the schedule's module applies no ReLU")
     return tvm.IRModule(functions, attrs=module.attrs)
 
 

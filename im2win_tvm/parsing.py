@@ -16,8 +16,9 @@ __all__: list[str] = []
 def _parser_at_work(macro):
     frame = inspect.currentframe()
     while frame is not None:
-        if parser.ScriptMacro.parser_object_name in frame.f_globals:
-            return frame.f_globals[parser.ScriptMacro.parser_object_name]
+        found = frame.f_globals.get(parser.ScriptMacro.parser_object_name)
+        if found is not None:
+            return found
         frame = frame.f_back
     return _before(macro)
 

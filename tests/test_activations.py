@@ -9,7 +9,7 @@ from im2win_tvm.activations import instead_of_relu
 from im2win_tvm.emulate import run
 from im2win_tvm.epilogue import Epilogue
 from im2win_tvm.problem import ConvProblem
-from im2win_tvm.schedules import SCHEDULES
+from im2win_tvm.schedules import SCHEDULES, ScheduleError
 from im2win_tvm.target import CudaTarget
 
 TARGET = CudaTarget("sm_90a")
@@ -67,5 +67,5 @@ def test_a_module_without_relu_is_refused():
     problem = ConvProblem.parse("mb1ic8ih7oc16kh3ph1", layout="NHWC")
     schedule = SCHEDULES["cuda_simt"]
     module = schedule.build(problem, schedule.default(problem, TARGET), TARGET)
-    with pytest.raises(RuntimeError, match="applies no ReLU"):
+    with pytest.raises(ScheduleError, match="applies no ReLU"):
         instead_of_relu(module, "relu6")

@@ -200,7 +200,8 @@ def convolution(builder, x, w):
     return builder.emit(relax.op.nn.conv2d(x, relax.const(w)))
 
 
-def test_outside_dataflow_blocks_and_in_branches():
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_outside_dataflow_blocks_and_in_branches(layout):
     """The one becomes ours, of the other it is told that it does not."""
     rng = np.random.default_rng(0)
     one, two = (rng.standard_normal((3, 3, 1, 1)).astype("float32") for _ in range(2))
@@ -212,7 +213,7 @@ def test_outside_dataflow_blocks_and_in_branches():
         branch = relax.op.nn.conv2d(y, relax.const(two))
         z = builder.emit(relax.If(flag, branch, y))
         builder.emit_func_output(z)
-    rewrite = UseIm2win("llvm", layout="NCHW")
+    rewrite = UseIm2win("llvm", layout=layout)
     rewrite(builder.get())
     [other] = [layer for layer in rewrite.report.layers if layer.schedule is None]
     assert "in a branch: allowed is outside of them" in other.origin

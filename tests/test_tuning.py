@@ -151,6 +151,9 @@ def test_a_gpu_begins_with_what_others_of_its_architecture_have_on_record(place)
     found = plan.again([PROBLEM], h200, [place])[1]
     assert found == {(key_of(PROBLEM), "cuda_simt"): [configs[-1], *reversed(theirs)]}
     assert plan.elsewhere([PROBLEM], CPU, [place]) == {}
+    # What this device measures of theirs changes nothing: a session that goes on begins as before.
+    write(place, make(50.0, target=h200, schedule="cuda_simt", changed=asdict(theirs[-1])))
+    assert plan.elsewhere([PROBLEM], h200, [place]) == known
 
 
 def test_wrong_outputs_are_told_recorded_and_never_chosen(tune, place, monkeypatch):

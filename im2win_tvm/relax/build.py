@@ -25,13 +25,14 @@ def build(
     module: tvm.IRModule,
     target: str | Target | None = None,
     *,
-    cuda_graph: bool = False,
+    cuda_graph: bool | None = None,
     **options: Any,
 ):
     """`tvm.relax.build` for a module that `UseIm2win` was applied to.
 
     target: as in `im2win_tvm.compile`. cuda_graph: TVM captures what a call launches when it is
-    first made, but for the kernels that read inputs or write outputs, and launches that afterwards.
+    first made, but for the kernels that read inputs or write outputs, and launches that afterwards;
+    None is as the current PassContext says.
     options: those of `tvm.relax.build`.
 
     On CUDA the functions that are left are scheduled by DLight's defaults first. TVM's pipeline of
@@ -45,7 +46,9 @@ def build(
             return relax.build(module, target.tvm(), tir_pipeline="im2win", **options)
     tvm_target = target.tvm("llvm")
     here = tvm.transform.PassContext.current()
-    config = {**here.config, "relax.backend.use_cuda_graph": cuda_graph}
+    config = dict(here.config)
+    if cuda_graph is not None:
+        config["relax.backend.use_cuda_graph"] = cuda_graph
     context = tvm.transform.PassContext(
         opt_level=here.opt_level, required_pass=here.required_pass,
         disabled_pass=here.disabled_pass, config=config,
@@ -81,7 +84,8 @@ def _compiled_by_nvcc(arch: str) -> Iterator[None]:
 
 def _cubin(source: str, arch: str) -> bytes:
     """From the folder of kernels, or compiled and put there."""
-    deciding = f"{arch}\0{toolchain.nvcc_version()}\0{source}"
+    flags = Path(toolchain.__file__).read_text()  # has them all
+    deciding = f"{arch}\0{toolchain.nvcc_version()}\0{flags}\0{source}"
     name = hashlib.sha256(deciding.encode()).hexdigest()[:32]
     folder = default_folder()
     path = None if folder is None else folder / f"{name}.cubin"

@@ -12,6 +12,8 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from .scope import in_scope
+
 __all__ = ["AsConvolutions"]
 
 # With fewer rows and more weights a product takes what reading them takes, with all processors: TVM
@@ -49,7 +51,9 @@ class _Mutator(relax.PyExprMutator):
     def _product(self, call: relax.Call) -> relax.Expr:
         x, w = call.args
         shape, dtype, matrix = _numbers(call), str(call.ty.dtype), _matrix(w)
-        if matrix is None or shape is None or {str(x.ty.dtype), str(w.ty.dtype)} != {dtype}:
+        if matrix is None or shape is None or _numbers(x) is None:
+            return call
+        if _numbers(x)[:-1] != shape[:-1] or {str(x.ty.dtype), str(w.ty.dtype)} != {dtype}:
             return call
         pixels = self._pixels(x, len(matrix), matrix.size)
         if pixels is None:
@@ -76,7 +80,8 @@ class _Mutator(relax.PyExprMutator):
         """What x is a reshape of, if it is one."""
         value = self.lookup_binding(x)
         named = getattr(getattr(value, "op", None), "name", "") == "relax.reshape"
-        return value.args[0] if named and isinstance(value.args[0], relax.Var) else None
+        known = named and isinstance(value.args[0], relax.Var) and in_scope(x, value.args[0])
+        return value.args[0] if known else None
 
     def _transposed(self, call: relax.Call) -> relax.Expr:
         x, w = call.args

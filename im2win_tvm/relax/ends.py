@@ -14,6 +14,7 @@ from tvm import relax, s_tir, te, tirx
 from tvm.script import tirx as T
 
 from .functions import as_scheduled
+from .scope import in_scope
 
 __all__ = ["QuickEnds"]
 
@@ -65,7 +66,7 @@ class _Mutator(relax.PyExprMutator):
             return call
         before = self.lookup_binding(x) if isinstance(x, relax.Var) else None
         if getattr(getattr(before, "op", None), "name", "") == "relax.astype":
-            x = before.args[0]
+            x = before.args[0] if in_scope(x, before.args[0]) else x
         shape, dtypes = _image(x), [str(x.ty.dtype), str(call.ty.dtype)]
         if shape is None or not set(dtypes) <= {"float16", "float32"} or dtypes[1] != "float32":
             return call

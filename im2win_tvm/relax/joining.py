@@ -16,6 +16,7 @@ from tvm import relax
 from tvm.script import tirx as T
 
 from .functions import as_scheduled
+from .scope import in_scope
 
 __all__ = ["JoinPatches"]
 
@@ -52,12 +53,16 @@ class _Mutator(relax.PyExprMutator):
         if _name(call) != "relax.concat" or not isinstance(call.args[0], relax.Tuple):
             return call
         fields = list(call.args[0].fields)
-        if len(fields) != 2 or call.ty.ndim != 4 or int(call.attrs.axis) != 3:
+        if len(fields) != 2 or call.ty.ndim != 4 or call.attrs.axis is None:
+            return call
+        try:
+            shape = [int(n) for n in call.ty.shape]
+        except (TypeError, ValueError):  # symbolic
             return call
         other, patches = fields[0], self._patches(fields[1])
-        if patches is None:
+        if patches is None or int(call.attrs.axis) != 3:
             return call
-        dtype, shape = str(call.ty.dtype), [int(n) for n in call.ty.shape]
+        dtype = str(call.ty.dtype)
         vector = _VECTOR // np.dtype(dtype).itemsize
         parts = [int(each.ty.shape[-1]) for each in (other, patches.value)]
         if any(n % vector for n in parts) or math.prod(shape) >= 2**31:
@@ -72,11 +77,12 @@ class _Mutator(relax.PyExprMutator):
         if _name(add) != "relax.add":
             return None
         value, bias = add.args
-        if not isinstance(bias, tvm.ir.GenericConst):
+        if not isinstance(bias, tvm.ir.GenericConst) or not in_scope(image, value):
             return None
         channels, dtype = int(image.ty.shape[-1]), str(image.ty.dtype)
         values = bias.value.numpy()
-        if values.size != channels or dtype not in ("float16", "float32"):
+        along_last = values.shape[-1:] == (channels,) and values.size == channels
+        if not along_last or dtype not in ("float16", "float32"):
             return None
         for wanted in ("relax.reshape", "relax.permute_dims", "relax.reshape"):
             call = self._bound(value)
@@ -86,6 +92,8 @@ class _Mutator(relax.PyExprMutator):
                 axes, patches = call.attrs.axes, call.args[0]
                 if axes is None or tuple(int(a) for a in axes) != _OF_PATCHES:
                     return None
+            if not in_scope(value, call.args[0]):
+                return None
             value = call.args[0]
         n, rows, columns, height, width, filters = (int(n) for n in patches.ty.shape)
         if [int(n) for n in image.ty.shape] != [n, rows * height, columns * width, filters]:

@@ -49,7 +49,8 @@ class _Mutator(relax.PyExprMutator):
         last = [int(axis) % len(shape) for axis in attributes.axes] == [len(shape) - 1]
         if not last or not attributes.center or not attributes.scale or len(dtypes) > 1:
             return call
-        if dtypes & {"float16", "float32"} and lanes(shape[-1], *dtypes) is not None:
+        few = math.prod(shape) < 2**31  # offsets are 32 bits wide
+        if few and dtypes & {"float16", "float32"} and lanes(shape[-1], *dtypes) is not None:
             function = normalise(shape, *dtypes, float(attributes.epsilon))
             variable = self.builder_.add_func(as_scheduled(function), "im2win_layer_norm")
             return relax.call_tir(variable, list(call.args), call.ty)

@@ -13,6 +13,8 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from .scope import in_scope
+
 __all__ = ["SinkViews"]
 
 _ELEMENTWISE = {
@@ -81,10 +83,11 @@ class _Sink(relax.PyExprMutator):
         if inner and isinstance(value, relax.Var):
             self.set_var_remap(binding.var, value)
             return
-        made = self.builder_.emit(value) if inner else self.builder_.emit_output(value)
+        output = not inner and self.builder_.current_block_is_dataflow()
+        made = self.builder_.emit_output(value) if output else self.builder_.emit(value)
         self.set_var_remap(binding.var, made)
         view = _view(value)
-        if view is not None:
+        if view is not None and in_scope(made, view.source):
             self._views[made] = view
 
     def _rewritten(self, value: relax.Expr) -> relax.Expr:
@@ -96,7 +99,9 @@ class _Sink(relax.PyExprMutator):
         if name == "relax.concat" and isinstance(value.args[0], relax.Tuple):
             parts = list(value.args[0].fields)
             first = self._views.get(parts[0])
-            if first is not None and first.axes is not None:
+            variables = all(isinstance(part, relax.Var) for part in parts)
+            known = variables and value.attrs.axis is not None
+            if known and first is not None and first.axes is not None:
                 axis = first.axes[int(value.attrs.axis)]
                 return self._behind(value, parts, lambda given: relax.op.concat(given, axis))
         if name in ("relax.nn.max_pool2d", "relax.mean"):

@@ -216,13 +216,17 @@ def stale(
 
 
 def recorded(
-    where: list[Path], target: Target, problems: Collection[ConvProblem] = ()
+    where: list[Path],
+    target: Target,
+    problems: Collection[ConvProblem] = (),
+    but: str | None = None,
 ) -> dict[tuple[ConvProblem, str], list[Match]]:
     """By problem and schedule, what was measured: on the target's device first, then elsewhere.
 
     Elsewhere: on other GPUs of its architecture. Each the fastest first and each configuration
     once, whatever version its record is of; those that the schedule of today does not take are left
-    out. problems: as `key_of` has them; none of them takes all.
+    out. problems: as `key_of` has them; none of them takes all. but: a device whose records do not
+    count.
     """
     found: dict[tuple[ConvProblem, str], dict[Any, Match]] = {}
     here, device = {"kind": target.kind, "arch": arch_of(target)}, device_name(target)
@@ -235,7 +239,9 @@ def recorded(
             if isinstance(record, str) or not record.passed or record.schedule not in SCHEDULES:
                 continue
             schedule, problem = SCHEDULES[record.schedule], record.key
-            if record.target != here or (problems and problem not in problems):
+            if record.target != here or record.device == but:
+                continue
+            if problems and problem not in problems:
                 continue
             if target.kind != "cuda" and record.device != device:
                 continue

@@ -102,8 +102,8 @@ def elsewhere(problems: Iterable[ConvProblem], target: Target, places: list[Path
         if record.key not in known or _order(record) < _order(known[record.key]):
             known[record.key] = record
     found = {
-        key: [match.config for match in matches if match.record.device != device][:FEW]
-        for key, matches in recorded(places, target, set(wanted)).items()
+        key: [match.config for match in matches[:FEW]]
+        for key, matches in recorded(places, target, set(wanted), but=device).items()
     }
     for problem in wanted:
         for name, fastest in theirs.items():
