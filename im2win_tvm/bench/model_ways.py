@@ -46,10 +46,10 @@ def default_build(module: Any, target: Target, cuda_graphs: tuple[bool, ...]) ->
     if target.kind != "cuda":
         return [build(module, target)]
     choose_cuda_compiler()
-    from tvm.relax.backend.cuda import pipeline
+    from tvm.relax.backend.cuda.pipeline import legalize_passes, library_dispatch_passes
 
     tvm_target, made = tvm_target_here(target), []
-    passes = pipeline.library_dispatch_passes(tvm_target) + pipeline.legalize_passes(tvm_target)
+    passes = library_dispatch_passes(tvm_target) + legalize_passes(tvm_target)
     with tvm_target:
         # What its default pipeline begins with, and finds done when it is repeated.
         module = tvm.transform.Sequential(passes)(module)

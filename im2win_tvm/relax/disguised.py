@@ -12,6 +12,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from .passes import rewritten
 from .scope import in_scope
 
 __all__ = ["AsConvolutions"]
@@ -28,11 +29,7 @@ class AsConvolutions:
 
     @staticmethod
     def transform_module(module: tvm.IRModule, _context) -> tvm.IRModule:
-        mutator = _Mutator(module)
-        for variable, function in module.functions_items():
-            if isinstance(function, relax.Function):
-                mutator.builder_.update_func(variable, mutator.visit_expr(function))
-        return mutator.builder_.get()
+        return rewritten(module, _Mutator)
 
 
 @relax.expr_functor.mutator

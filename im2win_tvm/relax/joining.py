@@ -16,6 +16,7 @@ from tvm import relax
 from tvm.script import tirx as T
 
 from .functions import as_scheduled
+from .passes import rewritten
 from .scope import in_scope
 
 __all__ = ["JoinPatches"]
@@ -39,11 +40,7 @@ class JoinPatches:
 
     @staticmethod
     def transform_module(module: tvm.IRModule, _context) -> tvm.IRModule:
-        mutator = _Mutator(module)
-        for variable, function in module.functions_items():
-            if isinstance(function, relax.Function):
-                mutator.builder_.update_func(variable, mutator.visit_expr(function))
-        return relax.transform.DeadCodeElimination()(mutator.builder_.get())
+        return relax.transform.DeadCodeElimination()(rewritten(module, _Mutator))
 
 
 @relax.expr_functor.mutator

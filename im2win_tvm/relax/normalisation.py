@@ -14,6 +14,7 @@ from tvm import relax
 from tvm.script import tirx as T
 
 from .functions import as_scheduled
+from .passes import rewritten
 
 __all__ = ["NormaliseByRows"]
 
@@ -28,11 +29,7 @@ class NormaliseByRows:
 
     @staticmethod
     def transform_module(module: tvm.IRModule, _context) -> tvm.IRModule:
-        mutator = _Mutator(module)
-        for variable, function in module.functions_items():
-            if isinstance(function, relax.Function):
-                mutator.builder_.update_func(variable, mutator.visit_expr(function))
-        return mutator.builder_.get()
+        return rewritten(module, _Mutator)
 
 
 @relax.expr_functor.mutator

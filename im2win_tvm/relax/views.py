@@ -13,6 +13,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from .passes import rewritten
 from .scope import in_scope
 
 __all__ = ["SinkViews"]
@@ -64,11 +65,7 @@ class SinkViews:
 
     @staticmethod
     def transform_module(module: tvm.IRModule, _context) -> tvm.IRModule:
-        mutator = _Sink(module)
-        for variable, function in module.functions_items():
-            if isinstance(function, relax.Function):
-                mutator.builder_.update_func(variable, mutator.visit_expr(function))
-        return relax.transform.DeadCodeElimination()(mutator.builder_.get())
+        return relax.transform.DeadCodeElimination()(rewritten(module, _Sink))
 
 
 @relax.expr_functor.mutator

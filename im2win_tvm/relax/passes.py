@@ -1,0 +1,15 @@
+"""What passes over a module's functions do alike."""
+
+import tvm
+from tvm import relax
+
+__all__ = ["rewritten"]
+
+
+def rewritten(module: tvm.IRModule, mutator_class: type[relax.PyExprMutator]) -> tvm.IRModule:
+    """The module with each of its Relax functions as a mutator of this class makes it."""
+    mutator = mutator_class(module)
+    for variable, function in module.functions_items():
+        if isinstance(function, relax.Function):
+            mutator.builder_.update_func(variable, mutator.visit_expr(function))
+    return mutator.builder_.get()
