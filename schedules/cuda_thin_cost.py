@@ -98,13 +98,13 @@ def _channels(problem: ConvProblem) -> list[int]:
     return [problem.in_channels, *([problem.in_channels + 1] if odd else [])]
 
 
-# Fitted to 103 measurements on an H100 and 78 on an H200 (rms 7 %; of 24 problems what it ranks
-# first took 1.1 % longer than the fastest measured, geometric mean, and 6.5 % at most); cycles at
-# CLOCK GHz. Instructions of a warp for a tile, and for a step of K; of a producing warp for a
-# stage, a row, a load of an element, and the cycles from one of these to the next; of a warpgroup
-# that nobody disturbs the cycles from group to group of steps beside those of the products, and for
-# a tile's outputs; of shared memory for a word of each thread; of a launch with the first rows, and
-# of each KiB of a filter.
+# Fitted to 103 measurements on an H100 (rms 8 %) and 78 on an H200, whose faster memory it does not
+# know: there it says 17 % too much. Of 24 problems what it ranks first took 0.9 % longer than the
+# fastest measured, geometric mean, and 6.5 % at most. Cycles at CLOCK GHz. Instructions of a warp
+# for a tile, and for a step of K; of a producing warp for a stage, a row, a load of an element, and
+# the cycles from one of these to the next; of a warpgroup that nobody disturbs the cycles from
+# group to group of steps beside those of the products, and for a tile's outputs; of shared memory
+# for a word of each thread; of a launch with the first rows, and of each KiB of a filter.
 _TILE, _STEP = 145.0, 2.45
 _STAGE, _ROW, _ELEMENTS, _EACH = 17.0, 12.6, 5.9, 6.5
 _GROUP, _OUTPUTS, _WORD = 135.0, 273.0, 6.6

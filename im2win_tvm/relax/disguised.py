@@ -12,7 +12,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from .passes import rewritten
+from .passes import extents, rewritten
 from .scope import in_scope
 
 __all__ = ["AsConvolutions"]
@@ -37,7 +37,7 @@ class _Mutator(relax.PyExprMutator):
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         call = super().visit_call_(call)
         name = getattr(call.op, "name", "")
-        if name == "relax.broadcast_to" and _numbers(call) == _numbers(call.args[0]) is not None:
+        if name == "relax.broadcast_to" and extents(call) == extents(call.args[0]) is not None:
             return call.args[0]
         if name == "relax.matmul":
             return self._product(call)
@@ -47,10 +47,10 @@ class _Mutator(relax.PyExprMutator):
 
     def _product(self, call: relax.Call) -> relax.Expr:
         x, w = call.args
-        shape, dtype, matrix = _numbers(call), str(call.ty.dtype), _matrix(w)
-        if matrix is None or shape is None or _numbers(x) is None:
+        shape, dtype, matrix = extents(call), str(call.ty.dtype), _matrix(w)
+        if matrix is None or shape is None or extents(x) is None:
             return call
-        if _numbers(x)[:-1] != shape[:-1] or {str(x.ty.dtype), str(w.ty.dtype)} != {dtype}:
+        if extents(x)[:-1] != shape[:-1] or {str(x.ty.dtype), str(w.ty.dtype)} != {dtype}:
             return call
         pixels = self._pixels(x, len(matrix), matrix.size)
         if pixels is None:
@@ -63,10 +63,10 @@ class _Mutator(relax.PyExprMutator):
         if not isinstance(x, relax.Var):
             return None
         for image in (x, self._reshaped(x)):
-            shape = _numbers(image)
+            shape = extents(image)
             if shape is not None and len(shape) == 4 and shape[-1] == channels:
                 return image
-        shape = _numbers(x)
+        shape = extents(x)
         if shape is None or len(shape) != 2:
             return None
         if shape[0] < _ROWS and weights > _WEIGHTS:
@@ -82,7 +82,7 @@ class _Mutator(relax.PyExprMutator):
 
     def _transposed(self, call: relax.Call) -> relax.Expr:
         x, w = call.args
-        attributes, shape = call.attrs, _numbers(x)
+        attributes, shape = call.attrs, extents(x)
         plain = (
             isinstance(w, tvm.ir.GenericConst)
             and shape is not None
@@ -130,11 +130,3 @@ def _matrix(w: relax.Expr) -> np.ndarray | None:
     values = w.value.numpy()
     first = values[(0,) * (values.ndim - 2)]
     return first if values.ndim == 2 or (values == first).all() else None
-
-
-def _numbers(expr: relax.Expr) -> list[int] | None:
-    """The extents of a tensor; None where they are symbolic or unknown."""
-    try:
-        return [int(n) for n in expr.ty.shape]
-    except (AttributeError, TypeError, ValueError):
-        return None

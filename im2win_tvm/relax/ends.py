@@ -14,7 +14,7 @@ from tvm import relax, s_tir, te, tirx
 from tvm.script import tirx as T
 
 from .functions import as_scheduled
-from .passes import rewritten
+from .passes import extents, rewritten
 from .scope import in_scope
 
 __all__ = ["QuickEnds"]
@@ -78,13 +78,11 @@ class _Mutator(relax.PyExprMutator):
         return relax.call_tir(variable, arguments, call.ty)
 
 
-def _image(x: relax.Expr) -> list[int] | None:
+def _image(x: relax.Expr) -> tuple[int, ...] | None:
     """The extents of a tensor of four axes that 32 bits count; None where they are unknown."""
-    try:
-        shape = [int(n) for n in x.ty.shape]
-    except (AttributeError, TypeError, ValueError):  # symbolic
-        return None
-    return shape if len(shape) == 4 and math.prod(shape) < 2**31 else None
+    shape = extents(x)
+    known = shape is not None and len(shape) == 4 and math.prod(shape) < 2**31
+    return shape if known else None
 
 
 def channels_last(shape, dtype: str) -> tirx.PrimFunc:

@@ -16,7 +16,7 @@ from tvm import relax
 from tvm.script import tirx as T
 
 from .functions import as_scheduled
-from .passes import rewritten
+from .passes import extents, rewritten
 from .scope import in_scope
 
 __all__ = ["JoinPatches"]
@@ -52,9 +52,8 @@ class _Mutator(relax.PyExprMutator):
         fields = list(call.args[0].fields)
         if len(fields) != 2 or call.ty.ndim != 4 or call.attrs.axis is None:
             return call
-        try:
-            shape = [int(n) for n in call.ty.shape]
-        except (TypeError, ValueError):  # symbolic
+        shape = extents(call)
+        if shape is None:
             return call
         other, patches = fields[0], self._patches(fields[1])
         if patches is None or int(call.attrs.axis) != 3:

@@ -14,7 +14,7 @@ from tvm import relax
 from tvm.script import tirx as T
 
 from .functions import as_scheduled
-from .passes import rewritten
+from .passes import extents, rewritten
 
 __all__ = ["NormaliseByRows"]
 
@@ -39,9 +39,8 @@ class _Mutator(relax.PyExprMutator):
         if getattr(call.op, "name", "") != "relax.nn.layer_norm":
             return call
         attributes, dtypes = call.attrs, {str(each.ty.dtype) for each in call.args}
-        try:
-            shape = [int(n) for n in call.ty.shape]
-        except (TypeError, ValueError):  # symbolic
+        shape = extents(call)
+        if shape is None:
             return call
         last = [int(axis) % len(shape) for axis in attributes.axes] == [len(shape) - 1]
         if not last or not attributes.center or not attributes.scale or len(dtypes) > 1:

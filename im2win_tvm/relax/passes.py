@@ -3,7 +3,15 @@
 import tvm
 from tvm import relax
 
-__all__ = ["rewritten"]
+__all__ = ["extents", "rewritten"]
+
+
+def extents(expr: relax.Expr) -> tuple[int, ...] | None:
+    """Those of a tensor; None where they are symbolic or unknown."""
+    try:
+        return tuple(int(n) for n in expr.ty.shape)
+    except (AttributeError, TypeError, ValueError):
+        return None
 
 
 def rewritten(module: tvm.IRModule, mutator_class: type[relax.PyExprMutator]) -> tvm.IRModule:

@@ -14,7 +14,7 @@ import tvm
 from tvm import relax, s_tir, te, tirx
 
 from .functions import as_scheduled
-from .passes import rewritten
+from .passes import extents, rewritten
 
 __all__ = ["PoolByPixels"]
 
@@ -44,9 +44,8 @@ class _Mutator(relax.PyExprMutator):
         attributes, x = call.attrs, call.args[0]
         layouts = {str(attributes.layout), str(attributes.out_layout or attributes.layout)}
         dtype = str(x.ty.dtype)
-        try:
-            shapes = [[int(n) for n in each.ty.shape] for each in (x, call)]
-        except (TypeError, ValueError):  # symbolic
+        shapes = [extents(x), extents(call)]
+        if None in shapes:
             return call
         # Indices of these functions are 32 bits wide.
         if layouts != {"NHWC"} or dtype not in _ITEMSIZE or math.prod(shapes[0]) >= 2**31:

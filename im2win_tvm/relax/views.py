@@ -13,7 +13,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from .passes import rewritten
+from .passes import extents, rewritten
 from .scope import in_scope
 
 __all__ = ["SinkViews"]
@@ -39,7 +39,7 @@ class _View:
     def like(self, other: _View | None) -> bool:
         """Whether both change the same shape in the same way."""
         same = other is not None and (self.axes, self.shape) == (other.axes, other.shape)
-        return same and _extents(self.source) == _extents(other.source)
+        return same and extents(self.source) == extents(other.source)
 
     def of(self, value: relax.Expr) -> relax.Expr:
         if self.axes is not None:
@@ -53,7 +53,7 @@ class _View:
         wide = values.reshape((1,) * (len(self.shape) - values.ndim) + values.shape)
         if self.axes is not None:
             return np.ascontiguousarray(wide.transpose(np.argsort(self.axes)))
-        source = _extents(self.source)
+        source = extents(self.source)
         if wide.size != wide.shape[-1] or wide.size != source[-1] or self.shape[-1] != source[-1]:
             return None
         return wide.reshape((1,) * (len(source) - 1) + (wide.size,))
@@ -128,7 +128,7 @@ class _Sink(relax.PyExprMutator):
 
     def _widens(self, value: relax.Call) -> bool:
         """Whether what is computed is larger than the views among its operands."""
-        return any(self._views[a].shape != _extents(value) for a in value.args if a in self._views)
+        return any(self._views[a].shape != extents(value) for a in value.args if a in self._views)
 
     def _joined(self, value: relax.Call) -> relax.Expr:
         """Two changes as one, or none where the second undoes the first."""
@@ -144,7 +144,7 @@ class _Sink(relax.PyExprMutator):
             value = relax.op.reshape(first.source, second.shape)
             second = _View(first.source, None, second.shape)
         same = second.axes is None or second.axes == tuple(range(len(second.axes)))
-        if same and _extents(second.source) == second.shape:
+        if same and extents(second.source) == second.shape:
             return second.source
         return value
 
@@ -180,7 +180,7 @@ def _view(value: relax.Expr) -> _View | None:
     if name not in ("relax.permute_dims", "relax.reshape"):
         return None
     source = value.args[0]
-    before = _extents(source)
+    before = extents(source)
     if not isinstance(source, relax.Var) or before is None:
         return None
     if name == "relax.reshape":
@@ -191,10 +191,3 @@ def _view(value: relax.Expr) -> _View | None:
     axes = value.attrs.axes
     axes = range(len(before))[::-1] if axes is None else [int(a) % len(before) for a in axes]
     return _View(source, tuple(axes), tuple(before[a] for a in axes))
-
-
-def _extents(expr: relax.Expr) -> tuple[int, ...] | None:
-    try:
-        return tuple(int(n) for n in expr.ty.shape)
-    except (AttributeError, TypeError, ValueError):
-        return None
