@@ -138,14 +138,6 @@ BUSY = {
         WIDE.replace(batch=8, input_size=(7, 7), in_channels=256),
         Config(1, 7, 8, taps="row", split=4, pixel_stages=4),
     ),
-    "the same input": (
-        WIDE,
-        Config(1, 14, 8, along_m=2, pixel_stages=3, filter_stages=5, multicast="input"),
-    ),
-    "the same filter, by turns": (
-        WIDE,
-        Config(1, 14, 8, turns=True, pixel_stages=3, filter_stages=12, multicast="filter"),
-    ),
     "images": (WIDE.replace(input_size=(7, 7)), Config(32, 1, 7, True, taps="row")),
     "dense": (WIDE.replace(stride=2), Config(1, 7, 8, dense=True, along_m=2)),
     "tf32": (WIDE.replace(dtype="float32"), Config(1, 14, 8, pixel_stages=3, filter_stages=6)),
