@@ -66,7 +66,7 @@ __forceinline__ __device__ void im2win_settle(float* sum) {
 
 _TENSOR_COPY = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
 _BULK_COPY = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-_ARRIVE_THERE = "mbarrier.arrive.release.cluster.shared::cluster.b64"
+_ARRIVE_THERE = "mbarrier.arrive.shared::cluster.b64"
 _MULTICAST = ".multicast::cluster"
 
 
