@@ -41,8 +41,6 @@ MAX_ELEMENTS = 2**31
 LEAST_CHANNELS = 16
 # Blocks of a cluster that every device takes (CUDA C++ Programming Guide, thread block clusters).
 MAX_CLUSTER = 8
-# What two blocks of a cluster may copy for each other.
-MULTICASTS = ("none", "input", "filter")
 # Registers of a consuming thread beside its sums: what nvcc 13.0 needs without spilling.
 OTHER_REGISTERS = 56
 # Those that one wgmma needs beside its sums; ptxas counts them among those of the launch.
@@ -85,8 +83,6 @@ class CudaWindow(Schedule):
             return (
                 f"tile_n={c.tile_n}, tile_h={c.tile_h}, tile_w={c.tile_w}: more than 256 a matrix"
             )
-        if c.multicast not in MULTICASTS:
-            return f"multicast={c.multicast!r}: allowed are {', '.join(map(repr, MULTICASTS))}"
         if c.turns and (c.along_m, c.along_p, c.split) != (1, 1, 1):
             return "turns=True: along_m, along_p and split have to be 1"
         if c.consumers > 4:
@@ -99,9 +95,6 @@ class CudaWindow(Schedule):
             return f"blocks={c.blocks}: {c.sums} sums a thread, there is room for {room}"
         walked = walk(problem)
         g = Geometry(walked, c)
-        reason = reason_of_multicast(c, g)
-        if reason is not None:
-            return reason
         reason = g.tensor_map.reason()
         if reason is not None:
             return f"stride={problem.stride}, tile: {reason}"
@@ -175,21 +168,6 @@ def reason_of_split(c: Config, g: Geometry) -> str | None:
     return None
 
 
-def reason_of_multicast(c: Config, g: Geometry) -> str | None:
-    """What is wrong with two blocks that copy halves for each other."""
-    if c.multicast == "none":
-        return None
-    if c.split > 1:
-        return f"multicast={c.multicast!r}: split has to be 1"
-    if c.multicast == "filter" and c.filter_stages == 0:
-        return "multicast='filter': filter_stages has to be 2 or more"
-    if c.multicast == "input" and g.m_tiles % 2:
-        return f"multicast='input': {g.m_tiles} tiles of channels of a group, not an even number"
-    if c.multicast == "input" and g.halved is None:
-        return f"multicast='input': no even axis divides {(g.block_n, g.patch_h, g.patch_w)}"
-    return None
-
-
 def walk(problem: ConvProblem) -> ConvProblem:
     """The problem as the kernel walks through it: the same numbers in the same places."""
     return patched(problem) or folded(problem)
@@ -247,10 +225,9 @@ def grid(problem: ConvProblem, config: Config, target: CudaTarget) -> int:
     if config.split > 1:
         return g.tiles
     room = target.multiprocessors * config.blocks
-    if config.multicast != "none":
-        room -= room % 2
     if config.filter_stages == 0:  # one filter for all tiles of a block
-        room = max(1, room // g.filters) * g.filters
+        filters = g.groups * g.m_tiles
+        room = max(1, room // filters) * filters
     return min(g.tiles, room)
 
 

@@ -87,8 +87,6 @@ class CudaWindowFp32(Schedule):
             return reason
         if c.turns is not False or c.blocks != 1:
             return f"turns={c.turns!r}, blocks={c.blocks!r}: {self.name} takes False and 1"
-        if c.multicast != "none":
-            return f"multicast={c.multicast!r}: {self.name} takes 'none'"
         if c.block not in ("patch", "pixel"):
             return f"block={c.block!r}: allowed are 'patch' and 'pixel'"
         if c.block == "patch" and (c.tile_n > MOST_IMAGES if c.images else c.tile_n > 1):

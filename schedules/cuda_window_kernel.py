@@ -47,10 +47,6 @@ def convolve(
     outputs, packed_shape = math.prod(whole.output_shape), packed_tiles(g)
     SOURCE = shape(whole) if is_needed(problem) else whole.input_shape
     CONSUMERS, SPLIT, GRID, TILES = c.consumers, c.split, grid, g.tiles
-    # Blocks of a cluster that read the same patches, or the same tiles of the filter.
-    SAME_INPUT = 2 if c.multicast == "input" else 1
-    SAME_FILTER = 2 if c.multicast == "filter" else 1
-    CLUSTER = SPLIT * SAME_INPUT * SAME_FILTER
     COPIES, FILTER_TILES, FILTER = g.copies, g.filter_tiles, math.prod(packed_shape[1:])
     MAP, REGISTERS = g.tensor_map, registers(CONSUMERS, c.blocks)
     RESIDENT = c.filter_stages == 0
@@ -73,8 +69,8 @@ def convolve(
         T.evaluate(MAP.encode(x_map, x.data, DTYPE))
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": c.blocks})
-        if CLUSTER > 1:
-            rank = T.cta_id_in_cluster([CLUSTER])
+        if SPLIT > 1:
+            rank = T.cta_id_in_cluster([SPLIT])
         else:
             rank = T.meta_var(0)
         block = T.cta_id([GRID * SPLIT])
@@ -90,8 +86,8 @@ def convolve(
 
         # 1. Shared memory: patches of the input, tiles of the filter, outputs on their way.
         pool = T.SMEMPool()
-        pixels = Ring(pool, c.pixel_stages, g.stage_bytes, READERS, SAME_INPUT)
-        filters = Ring(pool, g.filter_stages, g.filter_bytes, READERS, SAME_FILTER)
+        pixels = Ring(pool, c.pixel_stages, g.stage_bytes, READERS)
+        filters = Ring(pool, g.filter_stages, g.filter_bytes, READERS)
         staging = pool.alloc((STAGED,), DTYPE, align=16)
         pixels.place_barriers(pool)
         filters.place_barriers(pool)
@@ -103,13 +99,7 @@ def convolve(
             turns.init()
             # What was initialised is to be seen by the copy engine, and below by all threads.
             T.ptx.fence.proxy.async_.shared__cta()
-            if CLUSTER > SPLIT:
-                T.ptx.fence.mbarrier_init.release.cluster()
-        if CLUSTER > SPLIT:
-            # By the other block's copies and readers, too.
-            meet_cluster()
-        else:
-            T.cuda.cta_sync()
+        T.cuda.cta_sync()
 
         # 2. Everybody begins with this block's first tile, and its share of the cluster's copies.
         tile = Tile(g)
@@ -120,9 +110,8 @@ def convolve(
         filters_at.start()
         taps.start()
         number: T.int32 = block // SPLIT
-        share = T.meta_var(rank if SPLIT > 1 else 0)
-        first_copy: T.let = share * COPIES // SPLIT
-        copies: T.let = (share + 1) * COPIES // SPLIT - first_copy
+        first_copy: T.let = rank * COPIES // SPLIT
+        copies: T.let = (rank + 1) * COPIES // SPLIT - first_copy
         if SPLIT > 1:
             taps.take(first_copy)
         first_filter: T.let = taps.passed
@@ -135,7 +124,7 @@ def convolve(
                     tile.find(number)
                     for _ in T.serial(copies):
                         pixels.expect(pixels_at, g.patch_bytes)
-                        pixels.copy_box(pixels_at, x_map, taps.box(tile, rank), g.patch_bytes, rank)
+                        pixels.copy_box(pixels_at, x_map, taps.box(tile))
                         pixels_at.advance()
                         taps.advance()
                     taps.channels = 0
@@ -150,9 +139,8 @@ def convolve(
                     tile.find(number)
                     for t in T.serial(taps.passed - first_filter):
                         filters.expect(filters_at, g.filter_bytes)
-                        at = T.meta_var((tile.filter * FILTER_TILES + first_filter + t) * FILTER
-                                        + filters.part(rank, FILTER))
-                        filters.copy(filters_at, packed_flat.ptr_to([at]), g.filter_bytes, rank)
+                        at = T.meta_var((tile.filter * FILTER_TILES + first_filter + t) * FILTER)
+                        filters.copy(filters_at, packed_flat.ptr_to([at]), g.filter_bytes)
                         filters_at.advance()
                     # A filter that stays is that of all tiles of the block (see the schedule).
                     number = TILES if RESIDENT else number + GRID
@@ -267,9 +255,6 @@ def convolve(
                 # Nobody leaves while another one still reads its sums.
                 meet_cluster()
                 store.run(tile, local, cluster.total, rank * cluster.share, cluster.share)
-        if CLUSTER > SPLIT:
-            # Nobody leaves while the other block still copies here or says what it has read.
-            meet_cluster()
     # fmt: on
 
     x = function.params[0]

@@ -34,9 +34,7 @@ class Config:
     columns of a tile are apart then, so that its matrices are of eight images. pixel_stages,
     filter_stages: copies of the input, and tiles of the filter, in their rings; filter_stages 0
     keeps the whole filter of 64 * along_m channels. split: blocks of a cluster that divide K.
-    blocks: blocks that share a multiprocessor. multicast: of two blocks of a cluster each copies
-    half of what both read, "input" (of the same outputs they have different channels) or "filter"
-    (of the same channels different pixels); or "none".
+    blocks: blocks that share a multiprocessor.
     """
 
     tile_n: int
@@ -52,7 +50,6 @@ class Config:
     filter_stages: int = 4
     split: int = 1
     blocks: int = 1
-    multicast: str = "none"
 
     @property
     def consumers(self) -> int:
@@ -163,11 +160,7 @@ class Geometry:
         self.n_tiles = _ceil(self.batch, self.block_n)
         self.h_tiles = _ceil(self.rows, self.block_h)
         self.w_tiles = _ceil(self.columns, self.block_w)
-        self.filters = p.groups * self.m_tiles
-        patches = self.n_tiles * self.h_tiles * self.w_tiles
-        if c.multicast == "filter":  # one too many of an odd number, beyond the last image
-            patches = 2 * _ceil(patches, 2)
-        self.tiles = self.filters * patches
+        self.tiles = p.groups * self.m_tiles * self.n_tiles * self.h_tiles * self.w_tiles
         self.filter_bytes = c.block_m * ROW_BYTES
 
     @cached_property
@@ -233,14 +226,6 @@ class Geometry:
         return 2 * STAGED_PIXELS * WGMMA_M * self.problem.itemsize if self.staged else 0
 
     @property
-    def halved(self) -> str | None:
-        """The slowest axis of a patch that has more than one place, which two blocks can divide."""
-        sizes = {"n": self.block_n, "h": self.patch_h, "w": self.patch_w}
-        axes = "hwn" if self.config.images else "nhw"
-        slowest = next((axis for axis in axes if sizes[axis] > 1), None)
-        return slowest if slowest and sizes[slowest] % 2 == 0 else None
-
-    @property
     def shared_bytes(self) -> int:
         """Of a block."""
         c = self.config
@@ -250,20 +235,14 @@ class Geometry:
 
     @property
     def tensor_map(self) -> TensorMap:
-        """Of x: channels of a group, groups, and then images or columns first.
-
-        Its box is a patch, or the half of one that a block copies for two.
-        """
+        """Of x: channels of a group, groups, and then images or columns first."""
         size = self.problem.itemsize
-        box = {"n": self.block_n, "h": self.patch_h, "w": self.patch_w}
-        if self.config.multicast == "input":
-            box[self.halved] //= 2
         pixel = self.groups * self.channels * size
-        image = (self.batch, self.height * self.width * pixel, box["n"], 1)
-        row = (self.height, self.width * pixel, box["h"], self.class_h)
-        column = (self.width, pixel, box["w"], self.class_w)
+        image = (self.batch, self.height * self.width * pixel, self.block_n, 1)
+        row = (self.height, self.width * pixel, self.patch_h, self.class_h)
+        column = (self.width, pixel, self.patch_w, self.class_w)
         outer = (image, column, row) if self.config.images else (column, row, image)
         group = (self.groups, self.channels * size, 1, 1)
         axes = [(self.channels, size, self.row_channels, 1), group]
-        sizes, strides, taken, steps = zip(*axes, *outer, strict=True)
-        return TensorMap(sizes, strides[1:], taken, steps)
+        sizes, strides, box, steps = zip(*axes, *outer, strict=True)
+        return TensorMap(sizes, strides[1:], box, steps)

@@ -19,16 +19,12 @@ class Tile:
 
     @T.inline
     def find(self, number):
-        """Tiles that differ in their channels alone are neighbours: they read the same input.
-
-        Where two blocks share a filter, these are pairs of tiles of different pixels.
-        """
+        """Tiles that differ in their channels alone are neighbours: they read the same input."""
         g = T.meta_var(self.geometry)
-        pairs = T.meta_var(2 if g.config.multicast == "filter" else 1)
-        self.filter = number // pairs % g.filters
+        self.filter = number % (g.groups * g.m_tiles)
         self.group = self.filter // g.m_tiles
         self.m = self.filter % g.m_tiles * g.config.block_m
-        rest: T.let = number // (pairs * g.filters) * pairs + number % pairs
+        rest: T.let = number // (g.groups * g.m_tiles)
         self.w = rest % g.w_tiles * g.block_w
         self.h = rest // g.w_tiles % g.h_tiles * g.block_h
         self.n = rest // (g.w_tiles * g.h_tiles) * g.block_n
@@ -101,23 +97,11 @@ class Taps:
             self.passed = self.passed + self.rows * self.columns
             self.advance()
 
-    def box(self, tile, rank=0):
-        """Coordinates of the patch of a tile, innermost axis first; negative ones are padding.
-
-        rank: of the block, where two divide a patch.
-        """
+    def box(self, tile):
+        """Coordinates of the patch of a tile, innermost axis first; negative ones are padding."""
         g = self.geometry
         (top, _), (left, _) = g.problem.padding
         h = tile.h * g.stride_h + (self.class_h + self.first_h * g.class_h) * g.step_h - top
         w = tile.w * g.stride_w + (self.class_w + self.first_w * g.class_w) * g.step_w - left
-        n = tile.n
-        if g.config.multicast == "input":
-            match g.halved:
-                case "n":
-                    n = n + rank * (g.block_n // 2)
-                case "h":
-                    h = h + rank * (g.patch_h // 2 * g.class_h)
-                case "w":
-                    w = w + rank * (g.patch_w // 2 * g.class_w)
-        pixel = (n, w, h) if g.config.images else (w, h, n)
+        pixel = (tile.n, w, h) if g.config.images else (w, h, tile.n)
         return (self.channels * g.row_channels, tile.group, *pixel)

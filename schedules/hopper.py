@@ -66,8 +66,6 @@ __forceinline__ __device__ void im2win_settle(float* sum) {
 
 _TENSOR_COPY = "cp.async.bulk.tensor.{}d.shared::cluster.global.mbarrier::complete_tx::bytes"
 _BULK_COPY = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-_ARRIVE_THERE = "mbarrier.arrive.shared::cluster.b64"
-_MULTICAST = ".multicast::cluster"
 
 
 @T.meta_class
@@ -115,16 +113,11 @@ def settle(sums, count):
 class Ring:
     """Stages that copies fill and warps read, each with two mbarriers.
 
-    full: the bytes of a copy have arrived. empty: `readers` warps have read what was there. Of
-    `blocks` of a cluster that need the same bytes each copies an equal part into all of them: then
-    full are the bytes of all parts, and empty is what the warps of all blocks have read.
+    full: the bytes of a copy have arrived. empty: `readers` warps have read what was there.
     """
 
-    def __init__(self, pool, stages: int, stage_bytes: int, readers: int, blocks: int = 1):
+    def __init__(self, pool, stages: int, stage_bytes: int, readers: int):
         self.stages, self.stage_bytes, self.readers = stages, stage_bytes, readers
-        self.blocks = blocks
-        if blocks > 1:
-            self.address = T.local_scalar("uint32")
         self.data = pool.alloc((stages * stage_bytes,), "uint8", align=ATOM_BYTES)
         self.full = self.empty = None
 
@@ -135,10 +128,9 @@ class Ring:
 
     @T.inline
     def init(self):
-        everybody = T.meta_var(T.uint32(self.readers * self.blocks))
         for i in T.unroll(self.stages):
             T.ptx.mbarrier.init.shared.b64(self.full.ptr_to([i]), T.uint32(1))
-            T.ptx.mbarrier.init.shared.b64(self.empty.ptr_to([i]), everybody)
+            T.ptx.mbarrier.init.shared.b64(self.empty.ptr_to([i]), T.uint32(self.readers))
 
     @T.inline
     def expect(self, at, nbytes):
@@ -155,50 +147,29 @@ class Ring:
     @T.inline
     def release(self, at, lane):
         """Say for this warp that it has read the stage, and go on to the next."""
-        if self.blocks > 1:
-            # Every block copies into all of them: a lane tells each.
-            if lane < self.blocks:
-                empty = T.meta_var(T.cuda.cvta_generic_to_shared(self.empty.ptr_to([at.stage])))
-                T.ptx["mapa.shared::cluster.u32"](self.address, empty, T.Cast("uint32", lane))
-                T.ptx[_ARRIVE_THERE](self.address, T.uint32(1))
-        else:
-            if lane == 0:
-                T.ptx.mbarrier.arrive.shared.b64(self.empty.ptr_to([at.stage]), T.uint32(1))
+        if lane == 0:
+            T.ptx.mbarrier.arrive.shared.b64(self.empty.ptr_to([at.stage]), T.uint32(1))
         at.advance()
 
     @T.inline
-    def copy(self, at, source, nbytes, rank=0):
-        """This block's part of bytes that lie in a row, of `nbytes` of all blocks."""
-        T.ptx[self._everywhere(_BULK_COPY)](
-            self.data.ptr_to([at.stage * self.stage_bytes + self.part(rank, nbytes)]),
+    def copy(self, at, source, nbytes):
+        """Bytes that lie in a row."""
+        T.ptx[_BULK_COPY](
+            self.data.ptr_to([at.stage * self.stage_bytes]),
             source,
-            T.uint32(nbytes // self.blocks),
+            T.uint32(nbytes),
             self.full.ptr_to([at.stage]),
-            *self._blocks,
         )
 
     @T.inline
-    def copy_box(self, at, tensor_map, coordinates, nbytes=0, rank=0):
-        """This block's part of a box of a tensor, which has `nbytes` with those of all blocks."""
-        T.ptx[self._everywhere(_TENSOR_COPY.format(len(coordinates)))](
-            self.data.ptr_to([at.stage * self.stage_bytes + self.part(rank, nbytes)]),
+    def copy_box(self, at, tensor_map, coordinates):
+        """A box of a tensor."""
+        T.ptx[_TENSOR_COPY.format(len(coordinates))](
+            self.data.ptr_to([at.stage * self.stage_bytes]),
             T.address_of(tensor_map),
             *coordinates,
             self.full.ptr_to([at.stage]),
-            *self._blocks,
         )
-
-    def part(self, rank, count: int):
-        """Where a block's part of `count` things begins."""
-        return rank * (count // self.blocks) if self.blocks > 1 else 0
-
-    def _everywhere(self, copy: str) -> str:
-        return copy + _MULTICAST if self.blocks > 1 else copy
-
-    @property
-    def _blocks(self):
-        """The set of blocks that a copy goes to."""
-        return (T.uint16((1 << self.blocks) - 1),) if self.blocks > 1 else ()
 
     def descriptor(self, group_rows: int, first_row):
         """wgmma's view of rows from `first_row` on, eights of them `group_rows` rows apart.

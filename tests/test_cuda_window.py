@@ -230,24 +230,6 @@ BAD = {
         dict(along_m=4, tile_h=14, taps="tap", filter_stages=2, split=2),
         "split=2: 94208 bytes of rings do not hold the sums",
     ),
-    "multicast": (
-        dict(multicast="both"), "multicast='both': allowed are 'none', 'input', 'filter'"
-    ),
-    "multicast of a split": (
-        dict(multicast="input", split=2), "multicast='input': split has to be 1"
-    ),
-    "multicast of a resident filter": (
-        dict(multicast="filter", filter_stages=0),
-        "multicast='filter': filter_stages has to be 2 or more",
-    ),
-    "one tile of channels": (
-        dict(multicast="input", along_m=2),
-        "multicast='input': 1 tiles of channels of a group, not an even number",
-    ),
-    "odd patches": (
-        dict(multicast="input", tile_h=3),
-        "multicast='input': no even axis divides (1, 5, 10)",
-    ),
     "shared memory": (
         dict(pixel_stages=40), "pixel_stages=40: 247552 bytes of 233472, shared memory"
     ),

@@ -190,7 +190,6 @@ def test_every_proposal_is_valid_and_so_is_the_default(problem):
 
 BAD = {
     "turns": (dict(turns=True), "turns=True, blocks=1: cuda_window_fp32 takes False and 1"),
-    "multicast": (dict(multicast="input"), "multicast='input': cuda_window_fp32 takes 'none'"),
     "blocks": (dict(blocks=2), "turns=False, blocks=2: cuda_window_fp32 takes False and 1"),
     "block": (dict(block="tile"), "block='tile': allowed are 'patch' and 'pixel'"),
     "several images": (

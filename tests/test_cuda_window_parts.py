@@ -62,15 +62,9 @@ def test_products_read_the_pixels_that_the_convolution_needs(case):
     patch, steps = g.tensor_map.box[2:], g.tensor_map.steps[2:]
     # Axes of shared memory, outermost first; of what lies there, coordinates from the box's on.
     brought = np.stack(np.unravel_index(np.arange(math.prod(patch)), patch[::-1])[::-1])
-    if c.multicast == "input":
-        # The second block's box begins where the first one's ends, and so do its rows.
-        axis = ("nwh" if c.images else "whn").index(g.halved)
-        second = brought.copy()
-        second[axis] += patch[axis]
-        brought = np.concatenate([brought, second], axis=1)
     brought = brought * np.array(steps)[:, None]
     image, row, column = brought[[0, 2, 1]] if c.images else brought[[2, 1, 0]]
-    assert g.patch_bytes == brought.shape[1] * 128
+    assert g.patch_bytes == math.prod(patch) * 128
     pixel = np.arange(c.pixels)
     at = pixel // c.piece_n * g.piece_rows + (
         pixel % c.piece_n // 8 * g.group_rows + pixel % c.piece_n % 8
@@ -108,8 +102,6 @@ def test_sizes_agree_with_an_enumeration(case):
     outputs = problem.batch, *problem.output_size
     blocks = zip(outputs, (g.block_n, g.block_h, g.block_w), strict=True)
     whole = math.prod(-(-extent // block) for extent, block in blocks)
-    if config.multicast == "filter":
-        whole += whole % 2
     assert g.tiles == whole * problem.groups * -(-g.per_group // config.block_m)
     assert g.channel_rows * g.row_channels >= g.channels > (g.channel_rows - 1) * g.row_channels
 
@@ -123,20 +115,15 @@ def test_the_walk_over_tiles_and_taps(case):
     at, y = np.full((2, 6), -1, "int32"), np.full((g.copies, 13), -1, "int32")
     run(kernels.walk(g, number, g.copies), {"at": at, "y": y})
     filters = g.groups * g.m_tiles
-    # Of two blocks that share a filter the second one has the next patch.
-    pairs = 2 if config.multicast == "filter" else 1
-    rest, which = divmod(number, pairs)
-    filter_ = rest % filters
-    patch = rest // filters * pairs + which
-    n, h, w = np.unravel_index(patch, (g.n_tiles, g.h_tiles, g.w_tiles))
+    n, h, w = np.unravel_index(number // filters, (g.n_tiles, g.h_tiles, g.w_tiles))
     n, h, w = n * g.block_n, h * g.block_h, w * g.block_w
-    group, m = divmod(filter_, g.m_tiles)
+    group, m = divmod(number % filters, g.m_tiles)
     m *= config.block_m
-    assert at[0].tolist() == [filter_, group, m, n, h, w]
+    assert at[0].tolist() == [number % filters, group, m, n, h, w]
     beside = config.along_p - 1
     last = (h, w + beside * config.tile_w) if config.columns_apart else (
         h + beside * config.tile_h, w)  # fmt: skip
-    assert at[1].tolist() == [filter_, group, m + (config.along_m - 1) * 64, n, *last]
+    assert at[1].tolist() == [number % filters, group, m + (config.along_m - 1) * 64, n, *last]
     passed = 0
     (top, _), (left, _) = problem.padding
     for found, copy in zip(y.tolist(), copies_of(g), strict=True):

@@ -106,23 +106,6 @@ CASES = {
     "pixels": (P(in_channels=136, kernel_size=1, padding=0), Config(1, 1, 32, turns=True)),
     "pixels, split": (P(in_channels=200, kernel_size=1, padding=0), Config(1, 1, 40, split=2)),
     "every fourth pixel": (P(kernel_size=1, padding=0, stride=2), Config(1, 2, 8)),
-    "the same input": (P(out_channels=100), Config(1, 2, 8, multicast="input")),
-    "the same pixels": (
-        P(batch=3, in_channels=40, input_size=(5, 7), kernel_size=1, padding=0, out_channels=128),
-        Config(1, 1, 16, pixel_stages=3, filter_stages=0, multicast="input"),
-    ),
-    "the same images, by turns": (
-        IMAGES.replace(input_size=(4, 4), stride=(2, 1)),
-        Config(8, 3, 2, True, turns=True, multicast="input"),
-    ),
-    "the same filter": (
-        P(batch=1, input_size=(9, 6), padding=0, out_channels=136),
-        Config(1, 3, 8, along_m=2, filter_stages=3, multicast="filter"),
-    ),
-    "the same filter, by turns": (GROUPS, Config(1, 2, 8, turns=True, multicast="filter")),
-    "the same filter, two blocks": (
-        P(out_channels=64), Config(1, 2, 8, blocks=2, filter_stages=3, multicast="filter")
-    ),
 }  # fmt: skip
 
 # Of each kind one that keeps all of a device busy.
@@ -198,7 +181,7 @@ def _config(chance: random.Random) -> Config:
         "rows": (chance.randint(1, 3), chance.randint(2, 4), 8),
     }[order]
     turns = chance.random() < 0.3
-    split = 1 if turns else chance.choice([1, 1, 2, 3, 4, 8])
+    split = chance.choice([1, 1, 2, 3, 4, 8])
     return Config(
         n, h, w, order == "images",
         along_m=1 if turns else chance.choice([1, 1, 2, 3, 4]),
@@ -208,9 +191,8 @@ def _config(chance: random.Random) -> Config:
         dense=chance.random() < 0.5,
         pixel_stages=chance.randint(2, 5),
         filter_stages=chance.choice([0, 2, 3, 4, 7]),
-        split=split,
+        split=1 if turns else split,
         blocks=chance.choice([1, 1, 1, 2, 3]),
-        multicast=chance.choice(["none", "input", "filter"]) if split == 1 else "none",
     )  # fmt: skip
 
 
