@@ -37,10 +37,13 @@ def section(path: Path, page: Path) -> str:
         command = re.sub(r"(?<=--json )\S+", place, record["command"])
     state = next(iter(next(e for e in layer["implementations"] if e.get("times"))["times"]))
     kind = "" if wanted(layer) == OWN[layer["dtype"]] else f" in {wanted(layer)}"
+    batches = {each["batch"] for each in record["layers"]}
+    least, most = min(batches), max(batches)
+    batch = f"batch {least}" if least == most else f"batches of {least} to {most}"
     caption = (
-        f"{report.device_line(record)}. {layer['dtype']}{kind} {layer['layout']}, batch "
-        f"{layer['batch']}, median of {state}-cache calls, measured by `{command}` "
-        f"on {record['date'][:10]} ([record]({link}))."
+        f"{report.device_line(record)}. {layer['dtype']}{kind} {layer['layout']}, {batch}, "
+        f"median of {state}-cache calls, measured by `{command}` on {record['date'][:10]} "
+        f"([record]({link}))."
     )
     return f"{caption}\n\n{report.markdown(record)}"
 
