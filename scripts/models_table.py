@@ -47,7 +47,7 @@ def cells(entries, ratios):
     groups = {
         "im2win": ("im2win", "im2win graph"),
         "TVM": ("tvm", "tvm graph"),
-        "PyTorch": ("torch nchw", "torch nhwc", "torch nhwc graph"),
+        "PyTorch": ("torch nchw", "torch nhwc", "torch nchw graph", "torch nhwc graph"),
         "torch.compile": ("torch.compile", "torch.compile graph"),
     }
     best = {
@@ -74,7 +74,8 @@ def cells(entries, ratios):
     peaks = peak("im2win"), peak("tvm"), peak("torch nchw", "torch nhwc"), peak("torch.compile")
     return [
         time("im2win"), time("im2win graph"), time("tvm", "tvm graph"), ratio("TVM"),
-        time("torch nchw", "torch nhwc"), time("torch nhwc graph"), ratio("PyTorch"),
+        time("torch nchw", "torch nhwc"), time("torch nchw graph", "torch nhwc graph"),
+        ratio("PyTorch"),
         time("torch.compile"), time("torch.compile graph"), ratio("torch.compile"),
         ", ".join(peaks),
     ]  # fmt: skip

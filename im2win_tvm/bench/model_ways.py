@@ -106,6 +106,7 @@ def _flat(out: Any) -> list[Any]:
 TORCH: dict[str, dict[str, bool]] = {
     "torch nchw": {},
     "torch nhwc": {"channels_last": True},
+    "torch nchw graph": {"graph": True},
     "torch nhwc graph": {"channels_last": True, "graph": True},
     "torch.compile": {"channels_last": True, "compiled": True},
     "torch.compile graph": {"channels_last": True, "compiled": True, "graph": True},
@@ -155,6 +156,8 @@ def in_torch(
     if compiled and not graph:
         torch.backends.cudnn.benchmark = False
         call()  # compiles; cuDNN's search comes with the device's turn
+        if on_cuda:
+            torch.cuda.empty_cache()  # others share the device until then
 
     def start() -> Way:
         if not on_cuda:
