@@ -51,6 +51,7 @@ def main():
     options = parsed()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.kernels is not None:
+        options.kernels.mkdir(parents=True, exist_ok=True)
         os.environ["IM2WIN_CACHE"] = str(options.kernels.resolve())
     if options.one:
         one(options, options.items[0])
