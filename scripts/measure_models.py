@@ -2,7 +2,8 @@
 
 python measure_models.py OUT ITEM... [--kernels FOLDER] [--jobs N] [--seconds S] [--profile]
 python measure_models.py OUT ITEM... --kernels FOLDER --build-only sm_90a "NVIDIA H200"
-ITEM is MODEL:DTYPE:BATCH, as resnet50:fp16:32; dtypes fp16, fp32 (no TF32).
+ITEM is MODEL:DTYPE:BATCH, as resnet50:fp16:32; dtypes fp16, fp32 (no TF32); with :alone behind it,
+our kernels without TVM's and PyTorch's.
 
 Run in the root of the tree: models are those of tests/models.py, batch normalisation folded on all
 sides, float16 throughout or float32. An item is a process, which writes OUT/ITEM.json as `im2win
@@ -161,7 +162,7 @@ def one(options, item):
 
     sys.path[:0] = [os.getcwd(), str(Path("tests").resolve())]
     inspect.stack = frames
-    name, dtype, batch = item.split(":")
+    name, dtype, batch, *alone = item.split(":")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{name}.pt2"
         export(path, name, DTYPES[dtype], int(batch))
@@ -194,7 +195,8 @@ def one(options, item):
         record = models.measure(
             path,
             resolve(options.target),
-            limits=timing.Limits(warmup=0.1, seconds=0.2, least=4, most=50),
+            against=[] if alone else None,
+            limits=timing.Limits(warmup=0.1, seconds=0.2, least=3, most=50),
             layers=False,
             # A graph saves microseconds of the host, where TVM's kernels take milliseconds.
             without=("tvm graph",) if batch != "1" else (),

@@ -1,6 +1,8 @@
 """The table of docs/models.md from records of measure_models.py.
 
 python models_table.py FOLDER      with MODEL-DTYPE-BATCH.json
+
+Where there is MODEL-DTYPE-BATCH-alone.json, our peak memory is that one's.
 """
 
 import argparse
@@ -19,21 +21,32 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     rows, ratios = [], {"TVM": [], "PyTorch": [], "torch.compile": []}
-    for path in sorted(parser.parse_args().folder.glob("*.json"), key=place):
-        record = json.loads(path.read_text())
-        entries = {e["name"]: e for e in record["model"]["implementations"]}
+    folder = parser.parse_args().folder
+    found = [path for path in folder.glob("*.json") if not path.stem.endswith("-alone")]
+    for path in sorted(found, key=place):
+        entries = implementations(path)
+        alone = path.with_stem(f"{path.stem}-alone")
+        if alone.exists():
+            entries["im2win"]["peak_bytes"] = implementations(alone)["im2win"]["peak_bytes"]
         rows.append([*path.stem.rsplit("-", 2), *cells(entries, ratios)])
     print("| " + " | ".join(HEAD) + " |")
     print("| --- | --- |" + " ---: |" * (len(HEAD) - 3) + " --- |")
     for row in rows:
         print("| " + " | ".join(row) + " |")
     for name, found in ratios.items():
+        if not found:
+            continue
         mean = math.exp(sum(map(math.log, found)) / len(found))
         faster = sum(ratio > 1 for ratio in found)
         print(
             f"{name}: geomean {mean:.2f}x ({min(found):.2f}x to {max(found):.2f}x), "
             f"faster on {faster} of {len(found)}"
         )
+
+
+def implementations(path):
+    record = json.loads(path.read_text())
+    return {entry["name"]: entry for entry in record["model"]["implementations"]}
 
 
 def place(path):
