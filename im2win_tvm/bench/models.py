@@ -192,6 +192,7 @@ class _Ways:
         """One entry a way: checked, its peak, and times of all by turns."""
         for name, start in self.starts.items():
             entry = self.entries[name]
+            self.progress(f"check of {name}")
             try:
                 way = start()
                 if self._is_right(entry, way, expected, kind):
