@@ -130,6 +130,20 @@ class Kernel:
             function(*pick(views))
         return out
 
+    def into_new(self, x: Any, w: Any, bias: Any, out: Any) -> None:
+        """A call for who knows that `x` and `out` fit, and that nobody else has `out`.
+
+        Raises ArgumentError for `w` and `bias`, as a call does.
+        """
+        arguments = self._arguments
+        views = {"x": x, "y": out, "packed": self._packed(w)}
+        if bias is not None:
+            views["bias"] = arguments["bias"].check(bias)
+        for name in self._workspaces:
+            views[name] = arguments[name].empty_like(x)
+        for function, pick in self._steps:
+            function(*pick(views))
+
     def bind(
         self, x: Any, w: Any, bias: Any = None, *, residual: Any = None, out: Any = None
     ) -> "BoundCall":
@@ -164,17 +178,21 @@ class Kernel:
         if fresh:
             out = arguments["y"].empty_like(x)
         views["y"] = arguments["y"].check(out)
-        if not isinstance(w, PreparedWeights):
-            w = self.prepare(w)
-        # The kernel's own weights have its own tuple, and to compare contents takes longer.
-        elif w.origin is not self._origin and w.origin != self._origin:
-            raise ArgumentError("w: prepared by a kernel with another configuration")
-        views["packed"] = arguments["packed"].check(w.packed)
+        views["packed"] = self._packed(w)
         if not fresh:
             self._refuse_overlaps(views)
         for name in self._workspaces:
             views[name] = arguments[name].check(arguments[name].empty_like(x))
         return views, out
+
+    def _packed(self, w: Any) -> Any:
+        """Weights in the kernel's order; raises ArgumentError."""
+        if not isinstance(w, PreparedWeights):
+            w = self.prepare(w)
+        # The kernel's own weights have its own tuple, and to compare contents takes longer.
+        elif w.origin is not self._origin and w.origin != self._origin:
+            raise ArgumentError("w: prepared by a kernel with another configuration")
+        return self._arguments["packed"].check(w.packed)
 
     def _refuse_overlaps(self, views: dict[str, Any]) -> None:
         """Raise ArgumentError where the output shares memory with what is read meanwhile.

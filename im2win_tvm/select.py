@@ -237,7 +237,7 @@ def _predicted(
     wanted = first.accuracy(problem)
     timed = {}
     for name, schedule in supported.items():
-        if schedule.accuracy(problem) == wanted:
+        if schedule.accuracy(problem) == wanted and (schedule is first or _is_modelled(schedule)):
             config = heuristic(schedule, problem, target)
             time = schedule.microseconds(problem, config, target)
             if time is None and schedule is first:
@@ -267,7 +267,7 @@ def _predicted_to_beat(
     """
     best = None
     for name, schedule in unmeasured.items():
-        if schedule.accuracy(problem) == recorded.accuracy(problem):
+        if schedule.accuracy(problem) == recorded.accuracy(problem) and _is_modelled(schedule):
             config = heuristic(schedule, problem, target)
             time = schedule.microseconds(problem, config, target)
             if (
@@ -281,6 +281,14 @@ def _predicted_to_beat(
     time, name, config = best
     recorded_time = f"{record.time_us:.2f} us by its own record ({record.protocol})"
     return name, config, f"{recorded_time}, {name} {time:.1f} predicted"
+
+
+def _is_modelled(schedule: Schedule) -> bool:
+    """Whether a schedule may have a model of its time.
+
+    None has the transform in it, and a heuristic takes a third of a second: for nothing, then.
+    """
+    return not getattr(schedule, "explicit", False)
 
 
 def _slower(found: Found, supported: dict[str, Schedule]) -> dict[str, str]:

@@ -51,6 +51,7 @@ def measure(
     layers: bool = True,
     without: Collection[str] = (),
     turn: Callable[[bool], AbstractContextManager] = nullcontext,
+    then: Callable[[dict[str, Way]], None] | None = None,
 ) -> dict[str, Any]:
     """The record, ready for JSON: that of `run` for the convolutions, and ``model``.
 
@@ -58,8 +59,9 @@ def measure(
     `im2win_tvm.compile`. against: families of competitors, of which tvm and torch take part end to
     end. layers: whether convolutions are measured one by one, too. without: names of ways to leave
     out. turn: for processes that share a device; what turn(alone) gives is entered while PyTorch
-    compiles, which tries kernels, and alone while anything is measured. Raises ModelError, and
-    BenchError where nothing can be measured.
+    computes the reference and compiles, which tries kernels, and alone while anything is measured;
+    what is built between takes processors only. then: gets the ways by name after all are timed.
+    Raises ModelError, and BenchError where nothing can be measured.
     """
     from .. import relax
 
@@ -71,26 +73,29 @@ def measure(
     families = ["tvm", "torch"] if against is None else against
     kind = accuracy if accuracy == "tf32" else "float16" if _is_half(module, dtype) else "float32"
     found = _Ways(progress, without)
+    # What needs the device untimed comes first: then others measure while this one builds.
+    with turn(False):
+        expected = reference(path, module, inputs, target)
+        if "torch" in families and path.suffix == ".pt2":
+            held: dict[tuple, Any] = {}
+            for name, options in TORCH.items():
+                if target.kind == "cuda" or not options.get("graph"):
+                    tf32 = accuracy == "tf32"
+                    way = partial(in_torch, path, target, inputs, dtype, tf32, held, **options)
+                    found.add([name], lambda way=way: [way()])
     found.add(_named("im2win", target), partial(_ours, rewrite, module, target, inputs))
     if "tvm" in families:
         found.add(_named("tvm", target), partial(_theirs, module, target, inputs))
-    if "torch" in families and path.suffix == ".pt2":
-        held: dict[tuple, Any] = {}
-        for name, options in TORCH.items():
-            if target.kind == "cuda" or not options.get("graph"):
-                tf32 = accuracy == "tf32"
-                way = partial(in_torch, path, target, inputs, dtype, tf32, held, **options)
-                with turn(False):
-                    found.add([name], lambda way=way: [way()])
     counts = convolutions(rewrite.report)
     problems = {f"{n}x {problem}": problem for problem, n in counts.items()}
     schedules = sorted({each.schedule for each in rewrite.report.replaced})
     if not problems:
         raise BenchError(f"{path}: none of its convolutions is replaced:\n{rewrite.report}")
     with turn(True):
-        expected = reference(path, module, inputs, target)
         clock = timing.CallsClock() if target.kind == "cuda" else timing.clock_for(target.kind)
         entries = found.measured(expected, kind, clock, limits)
+        if then is not None:
+            then(found.ways)
         contenders = implementations(target, families, schedules) if layers else []
         record = run(problems if layers else {}, target, contenders, limits, progress, accuracy)
     for layer, count in zip(record["layers"], counts.values(), strict=layers):
@@ -119,6 +124,12 @@ def _is_half(module: Any, dtype: str | None) -> bool:
 
 def _named(name: str, target: Target) -> list[str]:
     return [name, name + _GRAPH] if target.kind == "cuda" else [name]
+
+
+def _place(name: str) -> int:
+    """In a table: ours, TVM's, PyTorch's."""
+    families = ("im2win", "tvm", "torch")
+    return next(n for n, family in enumerate(families) if name.startswith(family))
 
 
 def _ours(rewrite: Any, module: Any, target: Target, inputs: dict) -> list[Start]:
@@ -150,6 +161,7 @@ class _Ways:
         self.progress, self.without = progress, without
         self.entries: dict[str, dict[str, Any]] = {}
         self.starts: dict[str, Start] = {}
+        self.ways: dict[str, Way] = {}
         self.seconds: dict[str, float] = {}
 
     def add(self, names: list[str], build: Callable[[], list[Start]]) -> None:
@@ -178,31 +190,43 @@ class _Ways:
         self, expected: list[np.ndarray], kind: str, clock: timing.Clock, limits: timing.Limits
     ) -> list[dict[str, Any]]:
         """One entry a way: checked, its peak, and times of all by turns."""
-        calls = {}
         for name, start in self.starts.items():
             entry = self.entries[name]
+            self.progress(f"check of {name}")
             try:
                 way = start()
                 if self._is_right(entry, way, expected, kind):
                     entry["peak_bytes"] = way.peak() if way.peak else None
-                    calls[name] = way.call
+                    self.ways[name] = way
             except Exception as error:
                 self._failed(name, error)
         self.progress("times")
+        calls = {name: way.call for name, way in self.ways.items()}
         times = timing.measure(calls, clock, limits) if calls else {}
         for name, states in times.items():
             self.entries[name]["times"] = {state: asdict(value) for state, value in states.items()}
-        return list(self.entries.values())
+        return sorted(self.entries.values(), key=lambda entry: _place(entry["name"]))
 
     def _is_right(self, entry: dict, way: Way, expected: list[np.ndarray], kind: str) -> bool:
-        error = _error(way.arrays(way.call()), expected)
+        found = way.arrays(way.call())
+        error = _error(found, expected)
         entry["relative_error"] = error if math.isfinite(error) else None
+        if math.isfinite(error):
+            entry |= _classes(found, expected)
         limit = _LIMITS[kind] * (1 if entry["name"].startswith("im2win") else _OTHERS)
         if error <= limit:
             return True
         entry["status"] = "failed"
         entry["reason"] = f"error {error:.1e}: allowed for {kind} is {limit:.0e}"
         return False
+
+
+def _classes(actual: list[np.ndarray], expected: list[np.ndarray], top: int = 5) -> dict[str, Any]:
+    """Of a classifier, for how many inputs the largest classes are the same, in any order."""
+    if len(expected) != 1 or expected[0].ndim != 2 or expected[0].shape[1] <= top:
+        return {}
+    both = [np.sort(np.argsort(x[0].astype("float64"))[:, -top:]) for x in (actual, expected)]
+    return {"same_top5": int((both[0] == both[1]).all(axis=1).sum()), "inputs": len(expected[0])}
 
 
 def convolutions(found: Report) -> Counter[ConvProblem]:

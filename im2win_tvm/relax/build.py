@@ -13,10 +13,12 @@ from typing import Any
 import tvm
 import tvm_ffi
 from tvm import relax
+from tvm.relax.backend.cuda import pipeline
 
 from .. import lower, toolchain  # noqa: F401  lower registers the pipeline below
 from ..kernel_cache import default_folder
 from ..target import CudaTarget, Target, resolve
+from .memory import PlanMemory
 
 __all__ = ["build"]
 
@@ -35,7 +37,8 @@ def build(
     None is as the current PassContext says.
     options: those of `tvm.relax.build`.
 
-    On CUDA the functions that are left are scheduled by DLight's defaults first. TVM's pipeline of
+    On CUDA the functions that are left are scheduled by DLight's defaults first, and intermediate
+    tensors lie where `memory.PlanMemory` puts them. TVM's pipeline of
     tensor functions knows one language of them; this one gives each function the one that it is
     written in. Machine code is nvcc's, with the flags of single kernels, and kept in the folder of
     `KernelCache`; where there is no nvcc, it is what TVM makes.
@@ -53,8 +56,23 @@ def build(
         opt_level=here.opt_level, required_pass=here.required_pass,
         disabled_pass=here.disabled_pass, config=config,
     )  # fmt: skip
+    options = {"relax_pipeline": _pipeline(tvm_target), "tir_pipeline": "im2win"} | options
     with _compiled_by_nvcc(target.arch), tvm_target, context:
-        return relax.build(module, tvm_target, tir_pipeline="im2win", **options)
+        return relax.build(module, tvm_target, **options)
+
+
+def _pipeline(target: tvm.target.Target) -> tvm.transform.Pass:
+    """TVM's own for CUDA, with our plan of memory after its."""
+    passes = []
+    for each in (
+        pipeline.library_dispatch_passes, pipeline.legalize_passes,
+        pipeline.dataflow_lower_passes, pipeline.finalize_passes,
+    ):  # fmt: skip
+        for found in each(target):
+            passes.append(found)
+            if found.info.name == "StaticPlanBlockMemory":
+                passes.append(PlanMemory())
+    return tvm.transform.Sequential(passes)
 
 
 _CALLBACK = "tvm_callback_cuda_compile"

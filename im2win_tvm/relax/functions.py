@@ -13,13 +13,14 @@ from .. import simulate
 from ..accuracy import allowed
 from ..emulate import serial
 from ..epilogue import Epilogue
-from ..lower import function_parameters, is_tirx, lower
+from ..lower import calls, function_parameters, is_tirx, lower
 from ..problem import ConvProblem
 from ..schedules import ScheduleError
 from ..schedules.base import PREPARE
 from ..select import Choice, select
 from ..target import Target
 from .measured import Comparison, compare
+from .memory import IN_PLACE
 
 __all__ = ["Functions", "as_scheduled"]
 
@@ -84,7 +85,12 @@ class Functions:
     def variable(self, builder, problem, epilogue, module, name: str) -> tvm.ir.GlobalVar:
         key = problem, epilogue, name
         if key not in self._variables:
-            self._variables[key] = builder.add_func(as_scheduled(module[name]), name)
+            function = as_scheduled(module[name])
+            for call in calls(module):
+                if call["function"] == name and "residual" in call["arguments"]:
+                    places = [call["arguments"].index(each) for each in ("residual", "y")]
+                    function = function.with_attr(IN_PLACE, places)
+            self._variables[key] = builder.add_func(function, name)
         return self._variables[key]
 
     def prepared(self, module: tvm.IRModule, w: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from ..kernel import Kernel
 from ..kernel_cache import KernelCache
 from ..problem import ConvProblem
 from ..target import TargetError, resolve
+from .direct import nothing_between
 from .weights import Cast, Prepared
 
 __all__ = ["CACHE", "FallbackWarning", "conv2d", "kernel_of"]
@@ -67,10 +68,15 @@ def conv2d(
     constant_weight: the weight is brought into the kernel's order once, and again when PyTorch has
     counted a change of it; changes by way of ``weight.data`` are not counted and not seen.
     """
-    stride, padding, dilation = (
-        (int(value),) * 2 if isinstance(value, Integral) else value
-        for value in (stride, padding, dilation)
-    )
+    if not type(stride) is type(padding) is type(dilation) is tuple:
+        stride, padding, dilation = (
+            (int(value),) * 2 if isinstance(value, Integral) else tuple(value)
+            for value in (stride, padding, dilation)
+        )
+    if nothing_between(input, weight, bias):
+        return _computed(
+            input, weight, bias, stride, padding, dilation, groups, accuracy, constant_weight
+        )
     return torch.ops.im2win.conv2d(
         input, weight, bias, stride, padding, dilation, groups, accuracy, constant_weight
     )
@@ -137,21 +143,30 @@ def _check_architecture(device: torch.device) -> None:
         )
 
 
-_kernels: dict[_Call, Kernel | str] = {}
+# With the shape of the output.
+_kernels: dict[_Call, tuple[Kernel | str, tuple[int, ...]]] = {}
 _guard = threading.Lock()
 
 
 def kernel_of(input, weight, bias, stride, padding, dilation, groups, accuracy) -> Kernel | str:
     """The kernel of a call with these operands, or why there is none."""
+    operands = input, weight, bias, stride, padding, dilation, groups, accuracy
+    return _found(*operands, _is_channels_last(input))[0]
+
+
+def _found(input, weight, bias, stride, padding, dilation, groups, accuracy, channels_last):
+    """`kernel_of` these operands, and the shape of the output."""
     call = _Call(
         tuple(input.shape), tuple(weight.shape), bias is not None, tuple(stride), tuple(padding),
-        tuple(dilation), groups, accuracy, input.dtype, input.device, _is_channels_last(input),
+        tuple(dilation), groups, accuracy, input.dtype, input.device, channels_last,
     )  # fmt: skip
-    if call not in _kernels:
-        kernel = call.kernel()
+    found = _kernels.get(call)
+    if found is None:
+        _check(input, weight, bias, groups)
+        made = call.kernel(), _output_shape(input, weight, stride, padding, dilation)
         with _guard:
-            return _kernels.setdefault(call, kernel)
-    return _kernels[call]
+            found = _kernels.setdefault(call, made)
+    return found
 
 
 _PREPARED = Prepared()
@@ -172,27 +187,33 @@ def _classes(accuracy: str | None) -> Iterator[None]:
 
 
 def _is_channels_last(x: torch.Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return (
+        x.dim() == 4
+        and not x.is_contiguous()
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def _rows_last(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-@library.impl(NAME, ("cpu", "cuda"))
 def _computed(
     input, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1,
     accuracy=None, constant_weight=False,
 ):  # fmt: skip
-    _check(input, weight, bias, groups)
-    x, w, b = (t if t is None else t.detach() for t in (input, weight, bias))
+    x, w, b = (
+        t.detach() if t is not None and t.requires_grad else t for t in (input, weight, bias)
+    )
     channels_last = _is_channels_last(x)
     if not channels_last:
         x = x.contiguous()
     kernel = "it is empty"
     if x.numel() and w.numel():
-        kernel = kernel_of(x, w, b, stride, padding, dilation, groups, accuracy)
-    if isinstance(kernel, str):
+        kernel, shape = _found(x, w, b, stride, padding, dilation, groups, accuracy, channels_last)
+    others = (w,) if b is None else (w, b)
+    if isinstance(kernel, str) or any(t.dtype != x.dtype or t.device != x.device for t in others):
+        _check(x, w, b, groups)
         with _classes(accuracy):
             y = torch.ops.aten.convolution(
                 x, w, b, stride, padding, dilation, False, (0, 0), groups
@@ -203,19 +224,29 @@ def _computed(
     if x.data_ptr() % _ALIGNMENT:
         x = x.clone()
     y = torch.empty(
-        _output_shape(x, w, stride, padding, dilation),
+        shape,
         dtype=x.dtype,
         device=x.device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
-    with torch.no_grad(), torch.cuda.device_of(x):
+    with nullcontext() if _is_here(x) else torch.cuda.device_of(x):
         w = _PREPARED.get(kernel, w) if constant_weight else w.contiguous()
         given, out = (_rows_last(x), _rows_last(y)) if channels_last else (x, y)
         try:
-            kernel(given, w, b if b is None else b.contiguous(), out=out)
-        except ArgumentError as error:  # checked above: whatever is left is a fault of ours
+            kernel.into_new(given, w, b if b is None else b.contiguous(), out)
+        except ArgumentError as error:
+            _check(x, weight, bias, groups)
+            # Checked: whatever is left is a fault of ours.
             raise RuntimeError(f"im2win::conv2d: {error}") from error
     return y
+
+
+library.impl(NAME, ("cpu", "cuda"), _computed)
+
+
+def _is_here(x: torch.Tensor) -> bool:
+    """Whether the device of a tensor is the current one."""
+    return not x.is_cuda or x.get_device() == torch.cuda.current_device()
 
 
 def _check(x, weight, bias, groups) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -13,11 +13,21 @@ from ..kernel import Kernel, PreparedWeights
 __all__ = ["Cast", "Prepared"]
 
 
+class _Held(NamedTuple):
+    """Prepared weights; version: PyTorch's count of changes; stream, event: of their making."""
+
+    storage: StorageWeakRef
+    version: int
+    weights: PreparedWeights
+    stream: int | None
+    event: Any
+
+
 class Prepared:
     """Constant weights in the order of kernels."""
 
     def __init__(self):
-        self._held: dict[tuple, tuple[StorageWeakRef, int, PreparedWeights, Any]] = {}
+        self._held: dict[tuple, _Held] = {}
         self._guard = threading.Lock()
 
     def get(self, kernel: Kernel, weight: torch.Tensor) -> PreparedWeights | torch.Tensor:
@@ -30,23 +40,26 @@ class Prepared:
             weight.stride(), weight.device,
         )  # fmt: skip
         held = self._held.get(key)
+        stale = held is None or held.storage.expired() or held.version != version
+        stream = torch.cuda.current_stream() if weight.is_cuda else None
+        if not stale and (stream is None or stream.cuda_stream == held.stream):
+            return held.weights
         capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
-        if held is None or held[0].expired() or held[1] != version:
+        if stale:
             if capturing:  # nothing is computed now: others would read what is not there yet
                 return weight.contiguous()
             made = kernel.prepare(weight.contiguous())
-            event = torch.cuda.current_stream().record_event() if weight.is_cuda else None
-            held = StorageWeakRef(storage), version, made, event
+            on = (None, None) if stream is None else (stream.cuda_stream, stream.record_event())
+            held = _Held(StorageWeakRef(storage), version, made, *on)
             with self._guard:
                 # Those of weights that are gone go, too.
-                self._held = {k: v for k, v in self._held.items() if not v[0].expired()}
+                self._held = {k: v for k, v in self._held.items() if not v.storage.expired()}
                 self._held[key] = held
-        elif weight.is_cuda and not capturing:
-            # They may have been made on another stream, and be dropped while this one reads them.
-            stream = torch.cuda.current_stream()
-            stream.wait_event(held[3])
-            held[2].packed.record_stream(stream)
-        return held[2]
+        elif not capturing:
+            # They were made on another stream, and may be dropped while this one reads them.
+            stream.wait_event(held.event)
+            held.weights.packed.record_stream(stream)
+        return held.weights
 
 
 class Cast:
