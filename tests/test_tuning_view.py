@@ -169,7 +169,7 @@ def made_up(monkeypatch, tmp_path):
     monkeypatch.setenv(lookup.VARIABLE, str(tmp_path))
     tuned = []
 
-    def search(self, searched, trials, seconds):
+    def search(self, searched, trials, seconds, bound):
         result = searched.result
         tuned.append((result.problem, seconds))
         result.tried = 1
