@@ -20,7 +20,8 @@ __all__ = ["sampled"]
 _SPATIAL, _SUMS = 5, 3
 # TVM takes up to eight virtual threads, and innermost tiles of 64.
 _VIRTUAL, _INNERMOST = 8, 64
-# Whole warps, enough of them for a multiprocessor, and a block for each of a GPU.
+# Whole warps, enough of them for a multiprocessor, and a block for each of a GPU if there are as
+# many outputs.
 _THREADS, _WARP, _BUSY, _BLOCKS = (64, 512), 32, 0.85, 132
 # Sums in the registers of a thread: fewer are short of arithmetic, more of registers.
 _REGISTERS = (8, 96)
@@ -36,7 +37,7 @@ _DRAWS, _TRIES = 20_000, 60
 def sampled(context: Any, count: int, seed: int) -> list[Any]:
     """Up to `count` schedules of a TuneContext's space, after TVM's postprocessing.
 
-    Fewer where one sample in `_TRIES` does not fit.
+    Fewer where tiles that seem to fit are not found, or one of `_TRIES` samples does not.
     """
     chance = random.Random(seed)
     spaces = [schedule.trace for schedule in context.generate_design_space()]
@@ -44,26 +45,28 @@ def sampled(context: Any, count: int, seed: int) -> list[Any]:
     for _ in range(_TRIES * count):
         if len(found) == count:
             break
-        schedule = _sample(context, chance.choice(spaces), chance)
+        trace = chance.choice(spaces)
+        steps = [step for step in trace.insts if step.kind.name == "SamplePerfectTile"]
+        extents = [math.prod(int(size) for size in trace.decisions[step]) for step in steps]
+        levels = [int(step.attrs[0]) for step in steps]
+        tiles = _tiles(extents, levels, _buffers(trace), chance)
+        if tiles is None:
+            break
+        for step, tile in zip(steps, tiles, strict=True):
+            trace = trace.with_decision(step, tile, True)
+        for step in trace.insts:
+            if step.kind.name == "SampleCategorical":
+                trace = trace.with_decision(step, chance.randrange(len(step.attrs[0])), True)
+        schedule = _applied(context, trace)
         if schedule is not None:
             found.setdefault(str(schedule.trace), schedule)
     return list(found.values())
 
 
-def _sample(context: Any, trace: Any, chance: random.Random) -> Any:
+def _applied(context: Any, trace: Any) -> Any:
+    """The schedule of a trace after TVM's postprocessing; None if that refuses it."""
     from tvm import s_tir
 
-    steps = [step for step in trace.insts if step.kind.name == "SamplePerfectTile"]
-    extents = [math.prod(int(size) for size in trace.decisions[step]) for step in steps]
-    levels = [int(step.attrs[0]) for step in steps]
-    tiles = _tiles(extents, levels, _buffers(trace), chance)
-    if tiles is None:
-        return None
-    for step, tile in zip(steps, tiles, strict=True):
-        trace = trace.with_decision(step, tile, True)
-    for step in trace.insts:
-        if step.kind.name == "SampleCategorical":
-            trace = trace.with_decision(step, chance.randrange(len(step.attrs[0])), True)
     schedule = s_tir.Schedule(context.mod, error_render_level="none")
     try:
         trace.apply_to_schedule(schedule, remove_postproc=True)
@@ -107,9 +110,10 @@ def _fits(spatial: list[list[int]]) -> bool:
     blocks, virtual, threads, outer, inner = (
         math.prod(tile[level] for tile in spatial) for level in range(_SPATIAL)
     )
+    every = math.prod(math.prod(tile) for tile in spatial)
     whole = -(-threads // _WARP) * _WARP
     return (
-        blocks >= _BLOCKS
+        blocks >= min(_BLOCKS, every // (_THREADS[0] * _REGISTERS[0]))
         and virtual <= _VIRTUAL
         and _THREADS[0] <= threads <= _THREADS[1]
         and threads >= _BUSY * whole

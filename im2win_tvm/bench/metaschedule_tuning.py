@@ -19,7 +19,16 @@ from . import metaschedule_machinery
 from .baselines import metaschedule
 from .baselines.tvm_default import choose_cuda_compiler, tvm_target_here
 
-__all__ = ["DRY_RUN_ARCH", "TuningError", "dry_run", "keep", "missing_packages", "search", "tune"]
+__all__ = [
+    "DRY_RUN_ARCH",
+    "TuningError",
+    "dry_run",
+    "dry_target",
+    "keep",
+    "missing_packages",
+    "search",
+    "tune",
+]
 
 # A process that builds imports TVM and its intrinsics first; the default of 30 s is too little.
 _BUILD_TIMEOUT = 120
@@ -115,12 +124,22 @@ def dry_run(problem: ConvProblem, trials: int = 4, **machinery: Any) -> tuple[in
 
     Shows that the search space can be compiled. Nothing is kept: the times are made up.
     """
-    import tvm
     from tvm.s_tir.meta_schedule.testing.dummy_object import DummyRunner
 
     # Without a GPU's driver TVM cannot load what it would otherwise compile into.
     os.environ.setdefault("TVM_COMPILE_FORCE_FALLBACK", "1")
-    tvm_target = tvm.target.Target(
+    tvm_target = dry_target()
+    given = {"runner": DummyRunner(), "cost_model": "random"} | machinery
+    with tempfile.TemporaryDirectory(prefix="metaschedule-") as work:
+        function = metaschedule.prim_func(metaschedule.legalized(problem, tvm_target))
+        return search(function, tvm_target, Path(work), trials, trials, None, 0, given)
+
+
+def dry_target() -> Any:
+    """What TVM would say of a GPU of DRY_RUN_ARCH."""
+    import tvm
+
+    return tvm.target.Target(
         {
             "kind": "cuda",
             "arch": DRY_RUN_ARCH,
@@ -131,10 +150,6 @@ def dry_run(problem: ConvProblem, trials: int = 4, **machinery: Any) -> tuple[in
         },
         host="llvm",
     )
-    given = {"runner": DummyRunner(), "cost_model": "random"} | machinery
-    with tempfile.TemporaryDirectory(prefix="metaschedule-") as work:
-        function = metaschedule.prim_func(metaschedule.legalized(problem, tvm_target))
-        return search(function, tvm_target, Path(work), trials, trials, None, 0, given)
 
 
 def search(
