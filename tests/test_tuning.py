@@ -308,7 +308,7 @@ def test_schedules_of_a_gpu_meet_in_one_last_round(place, monkeypatch):
         default, configs = schedule.default(PROBLEM, H100), schedule.configs(PROBLEM, H100)
         proposers[name] = RandomThenClimb([default], configs, 10)
     with session.Session(H100, place, jobs=4) as running:
-        running.tune(PROBLEM, proposers, 20)
+        running.tune(PROBLEM, proposers, 20, patient=True)
     # The first of each, as many more as are built together, and then one search after the other.
     first, second = (["cuda_simt"], ["cuda_simt_explicit"])
     assert rounds[:-1] == [second] + [first] * 20 + [second] * 19
