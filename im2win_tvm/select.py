@@ -103,10 +103,7 @@ def select(
         return Choice(supported[first], config, offer.rejected(first))
     found = _found(problem, target, supported)
     if found.best is None:
-        known = _with_heuristic(problem, target, supported)
-        name, config, slower = _predicted(problem, target, known)
-        rejected = offer.rejected(name) | slower
-        return Choice(supported[name], config, rejected, HEURISTIC, found.missed)
+        return _unrecorded(problem, target, offer, found.missed)
     name = found.best.record.schedule
     unmeasured = {n: s for n, s in supported.items() if n not in found.matches}
     rival = _predicted_to_beat(problem, target, supported[name], unmeasured, found.best.record)
@@ -121,6 +118,19 @@ def select(
         Origin.of(found.best, target),
         found.missed,
     )
+
+
+def untuned(problem: ConvProblem, target: Target, accuracy: str | None = None) -> Choice:
+    """What `select` would choose if there were no tuning records. Raises as that does."""
+    return _unrecorded(problem, target, _offer(problem, target, None, accuracy))
+
+
+def _unrecorded(
+    problem: ConvProblem, target: Target, offer: "_Offer", missed: tuple[Miss, ...] = ()
+) -> Choice:
+    known = _with_heuristic(problem, target, offer.supported)
+    name, config, slower = _predicted(problem, target, known)
+    return Choice(known[name], config, offer.rejected(name) | slower, HEURISTIC, missed)
 
 
 def supporting(

@@ -21,8 +21,11 @@ with 1 if something has no record in the end, time or not.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import queue
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -32,12 +35,14 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])
 
 from im2win_tvm import suites  # noqa: E402
-from im2win_tvm.bench import metaschedule_tuning  # noqa: E402
+from im2win_tvm.bench import metaschedule_machinery, metaschedule_tuning  # noqa: E402
 from im2win_tvm.bench.baselines.metaschedule import folder, has_records  # noqa: E402
+from im2win_tvm.bench.baselines.tvm_default import choose_cuda_compiler  # noqa: E402
 from im2win_tvm.bench.run import limits_for  # noqa: E402
 from im2win_tvm.problem import ConvProblem, ProblemError  # noqa: E402
 from im2win_tvm.target import Target, TargetError, resolve  # noqa: E402
 from im2win_tvm.tuning import lookup, metaschedule  # noqa: E402
+from im2win_tvm.tuning.measuring import Measurer  # noqa: E402
 from im2win_tvm.tuning.records import key_of  # noqa: E402
 from im2win_tvm.tuning.session import Session  # noqa: E402
 
@@ -79,19 +84,29 @@ def dry_run(problems: dict[str, ConvProblem], trials: int) -> None:
             sys.exit(1)
 
 
+class Turns(Measurer):
+    """Measures when no other process of this script uses the GPU."""
+
+    def __init__(self, kind: str, lock: Path | None) -> None:
+        super().__init__(kind)
+        self._lock = lock
+
+    def measure(self, *asked):
+        with metaschedule_machinery.turn(self._lock):
+            return super().measure(*asked)
+
+
 def searched(
-    problem: ConvProblem, expression: str, target: Target, session: Session, asked
+    problem: ConvProblem, expression: str, target: Target, session: Session, asked, machinery: dict
 ) -> float:
     """Search one expression; the time of the best in microseconds, as its record has it."""
-    machinery = {}
+    machinery = dict(machinery)
     if asked.population is not None:
         from tvm.s_tir import meta_schedule as ms
 
         machinery["strategy"] = ms.search_strategy.EvolutionarySearch(
             population_size=asked.population,
             init_measured_ratio=0.2,
-            # Of 500 samples of these expressions one fits a GPU: TVM waits for 50 of them, or gives
-            # up after five times a population without any.
             init_min_unmeasured=min(50, asked.trials_per_round),
             max_fail_count=100,
             genetic_num_iters=3,
@@ -153,11 +168,21 @@ def main() -> None:
         "--total-seconds", type=float, help="no further search begins after so long"
     )
     parser.add_argument(
-        "--population", type=int, help="of the evolutionary search; default: TVM's, 512"
+        "--population",
+        type=int,
+        help="of TVM's evolutionary search, as it begins itself; default: TVM's, 512; on cuda 64, "
+        "bred from samples that fit a GPU",
     )
     parser.add_argument(
         "--time-limit", type=float, help="seconds of each measurement; default: as im2win bench"
     )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="searches at a time, which take turns on the GPU; %(default)s",
+    )
+    parser.add_argument("--jobs", type=int, help="processors for all of them; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", action="store_true", help="what has records, too")
     parser.add_argument("--out", type=Path, default=ROOT / "tuning_logs")
@@ -171,7 +196,7 @@ def main() -> None:
     for name in expressions:
         if name not in EXPRESSIONS:
             parser.error(f"--expressions: {name!r}: allowed: {', '.join(EXPRESSIONS)}")
-    for field in ("trials", "trials_per_round"):
+    for field in ("trials", "trials_per_round", "processes"):
         if getattr(asked, field) < 1:
             parser.error(f"{field}={getattr(asked, field)}: allowed: whole numbers from 1")
     try:
@@ -185,28 +210,83 @@ def main() -> None:
     if target is None:
         dry_run(problems, asked.trials)
         return
-    begun, failed = time.monotonic(), []
-    limits = limits_for(target, asked.time_limit)
-    with Session(target, asked.out, limits=limits) as session:
-        for name, problem in problems.items():
-            for expression in expressions:
-                label, start = f"{name} {expression}", time.monotonic()
-                if not asked.again and recorded(problem, expression, target, asked):
-                    print(f"{label}: has records in {asked.out}", flush=True)
-                    continue
-                if asked.total_seconds is not None and start - begun >= asked.total_seconds:
-                    failed.append(label)
-                    continue
-                try:
-                    best_us = searched(problem, expression, target, session, asked)
-                except Exception as error:  # whatever TVM raises concerns this search alone
-                    print(f"{label}: {type(error).__name__}: {error}", flush=True)
-                    failed.append(label)
-                    continue
-                seconds = time.monotonic() - start
-                print(f"{label}: {best_us:.1f} us; searched for {seconds:.0f} s", flush=True)
+    if target.kind != "cuda" and asked.processes > 1:
+        parser.error(f"processes={asked.processes}: allowed on {target.kind}: 1, for its times")
+    jobs = [
+        (name, problem, expression)
+        for name, problem in problems.items()
+        for expression in expressions
+        if asked.again or not recorded(problem, expression, target, asked)
+    ]
+    for name in problems:
+        known = [e for e in expressions if not any(job[::2] == (name, e) for job in jobs)]
+        if known:
+            print(f"{name}: has records of {', '.join(known)} in {asked.out}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        failed = _all(jobs, target, asked, Path(folder) / "gpu")
     if failed:
         sys.exit(f"without a record: {', '.join(failed)}")
+
+
+def _all(jobs: list[tuple], target: Target, asked, lock: Path) -> list[str]:
+    """Do the searches, in one process or several; what has no record."""
+    end = None if asked.total_seconds is None else time.monotonic() + asked.total_seconds
+    if asked.processes == 1:
+        waiting: queue.SimpleQueue = queue.SimpleQueue()
+        ended: queue.SimpleQueue = queue.SimpleQueue()
+        for job in jobs:
+            waiting.put(job)
+        _some(waiting, ended, target, asked, None, end)
+        return [ended.get() for _ in range(ended.qsize())]
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        waiting, ended = manager.Queue(), manager.Queue()
+        for job in jobs:
+            waiting.put(job)
+        given = (waiting, ended, target, asked, lock, end)
+        processes = [context.Process(target=_some, args=given) for _ in range(asked.processes)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        failed = [ended.get() for _ in range(ended.qsize())]
+        # What a process had that did not end well is not told by it.
+        return failed + [f"{waiting.get()[0]} and others" for _ in range(min(1, waiting.qsize()))]
+
+
+def _some(waiting, ended, target: Target, asked, lock: Path | None, end: float | None) -> None:
+    """Searches, one after the other, until none is left; the labels of those without a record."""
+    share = max(1, len(os.sched_getaffinity(0)) // asked.processes)
+    if asked.jobs is not None:
+        share = max(1, asked.jobs // asked.processes)
+    machinery = {}
+    if target.kind == "cuda":
+        choose_cuda_compiler()
+        machinery = {
+            "builder": metaschedule_machinery.builder(share),
+            "runner": metaschedule_machinery.runner(lock),
+            "num_tuning_cores": share,
+        }
+    limits = limits_for(target, asked.time_limit)
+    measurer = Turns(target.kind, lock)
+    with Session(target, asked.out, share, limits, measurer=measurer) as session:
+        while True:
+            try:
+                name, problem, expression = waiting.get_nowait()
+            except queue.Empty:
+                return
+            label, start = f"{name} {expression}", time.monotonic()
+            if end is not None and start >= end:
+                ended.put(label)
+                continue
+            try:
+                best_us = searched(problem, expression, target, session, asked, machinery)
+            except Exception as error:  # whatever TVM raises concerns this search alone
+                print(f"{label}: {type(error).__name__}: {error}", flush=True)
+                ended.put(label)
+                continue
+            seconds = time.monotonic() - start
+            print(f"{label}: {best_us:.1f} us; searched for {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

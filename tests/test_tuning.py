@@ -308,7 +308,7 @@ def test_schedules_of_a_gpu_meet_in_one_last_round(place, monkeypatch):
         default, configs = schedule.default(PROBLEM, H100), schedule.configs(PROBLEM, H100)
         proposers[name] = RandomThenClimb([default], configs, 10)
     with session.Session(H100, place, jobs=4) as running:
-        running.tune(PROBLEM, proposers, 20)
+        running.tune(PROBLEM, proposers, 20, patient=True)
     # The first of each, as many more as are built together, and then one search after the other.
     first, second = (["cuda_simt"], ["cuda_simt_explicit"])
     assert rounds[:-1] == [second] + [first] * 20 + [second] * 19
@@ -338,6 +338,17 @@ def test_schedules_of_a_gpu_meet_in_one_last_round(place, monkeypatch):
         }
         running.tune(PROBLEM, proposers, 20, patient=True)
         assert set(rounds[-1]) == set(names)
+    # One that is behind after a quarter of its trials has no more, and the other has its time.
+    slow["cuda_simt_explicit"] = 2.3
+    proposers = {
+        name: RandomThenClimb(
+            [SCHEDULES[name].default(PROBLEM, H100)], SCHEDULES[name].configs(PROBLEM, H100), 10
+        )
+        for name in names
+    }
+    with session.Session(H100, place / "behind", jobs=4) as running:
+        results = running.tune(PROBLEM, proposers, 20)
+        assert [result.tried for result in results] == [20, 5]
 
 
 @pytest.mark.parametrize(

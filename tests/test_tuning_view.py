@@ -49,9 +49,15 @@ def test_a_deadline_is_shared_by_weight_and_what_is_left_goes_on(clock):
     assert deadline.share() == pytest.approx(56 * 2 / 5)
     clock[0] += 50
     assert not deadline.over
-    assert deadline.share() == 6.0
+    assert deadline.share() == 0.0  # those before took 14 seconds more than their shares each
     clock[0] += 7
     assert deadline.over
+    # Each of four takes two seconds more than its share: the last has as much as the others.
+    deadline, shares = Deadline(48.0, [1, 1, 1, 1]), []
+    for _ in range(4):
+        shares.append(deadline.share())
+        clock[0] += shares[-1] + 2
+    assert shares == pytest.approx([12.0, 34 / 3 - 2, 34 / 3 - 2, 34 / 3 - 2])
     endless = Deadline(None, [1])
     assert (endless.share(), endless.left, endless.over) == (None, None, False)
 
@@ -169,7 +175,7 @@ def made_up(monkeypatch, tmp_path):
     monkeypatch.setenv(lookup.VARIABLE, str(tmp_path))
     tuned = []
 
-    def search(self, searched, trials, seconds):
+    def search(self, searched, trials, seconds, bound):
         result = searched.result
         tuned.append((result.problem, seconds))
         result.tried = 1

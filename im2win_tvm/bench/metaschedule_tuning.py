@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import tempfile
 import time
 from datetime import datetime, timezone
@@ -14,16 +15,28 @@ from typing import Any
 from .. import environment
 from ..problem import ConvProblem
 from ..target import CpuTarget, Target
+from . import metaschedule_machinery
 from .baselines import metaschedule
 from .baselines.tvm_default import choose_cuda_compiler, tvm_target_here
 
-__all__ = ["DRY_RUN_ARCH", "TuningError", "dry_run", "keep", "missing_packages", "search", "tune"]
+__all__ = [
+    "DRY_RUN_ARCH",
+    "TuningError",
+    "dry_run",
+    "dry_target",
+    "keep",
+    "missing_packages",
+    "search",
+    "tune",
+]
 
 # A process that builds imports TVM and its intrinsics first; the default of 30 s is too little.
 _BUILD_TIMEOUT = 120
 # What MetaSchedule needs to build candidates, and beyond that to run and to rank them.
 _TO_BUILD = ("cloudpickle", "psutil")
 _TO_SEARCH = (*_TO_BUILD, "xgboost", "scipy", "tornado")
+# Candidates of the first round on a GPU, and how many the search breeds from them in its mind.
+_FIRST, _POPULATION = 24, 64
 #: The device that a dry run pretends to have.
 DRY_RUN_ARCH = "sm_90"
 
@@ -111,12 +124,22 @@ def dry_run(problem: ConvProblem, trials: int = 4, **machinery: Any) -> tuple[in
 
     Shows that the search space can be compiled. Nothing is kept: the times are made up.
     """
-    import tvm
     from tvm.s_tir.meta_schedule.testing.dummy_object import DummyRunner
 
     # Without a GPU's driver TVM cannot load what it would otherwise compile into.
     os.environ.setdefault("TVM_COMPILE_FORCE_FALLBACK", "1")
-    tvm_target = tvm.target.Target(
+    tvm_target = dry_target()
+    given = {"runner": DummyRunner(), "cost_model": "random"} | machinery
+    with tempfile.TemporaryDirectory(prefix="metaschedule-") as work:
+        function = metaschedule.prim_func(metaschedule.legalized(problem, tvm_target))
+        return search(function, tvm_target, Path(work), trials, trials, None, 0, given)
+
+
+def dry_target() -> Any:
+    """What TVM would say of a GPU of DRY_RUN_ARCH."""
+    import tvm
+
+    return tvm.target.Target(
         {
             "kind": "cuda",
             "arch": DRY_RUN_ARCH,
@@ -127,10 +150,6 @@ def dry_run(problem: ConvProblem, trials: int = 4, **machinery: Any) -> tuple[in
         },
         host="llvm",
     )
-    given = {"runner": DummyRunner(), "cost_model": "random"} | machinery
-    with tempfile.TemporaryDirectory(prefix="metaschedule-") as work:
-        function = metaschedule.prim_func(metaschedule.legalized(problem, tvm_target))
-        return search(function, tvm_target, Path(work), trials, trials, None, 0, given)
 
 
 def search(
@@ -145,24 +164,36 @@ def search(
 ) -> tuple[int, int]:
     """Search schedules of a PrimFunc into a database in `work`.
 
-    Returns how many candidates were tried, and how many of them were built and ran.
+    Returns how many candidates were tried, and how many of them were built and ran. On a GPU the
+    first round has samples that fit one, and an evolutionary search goes on from these.
     """
     from tvm.s_tir import meta_schedule as ms
 
     metaschedule.bare_stack()
     given = dict(machinery)
+    on_gpu = tvm_target.kind.name == "cuda"
     if "builder" not in given:
-        given["builder"] = ms.builder.LocalBuilder(
-            timeout_sec=_BUILD_TIMEOUT, initializer=metaschedule.bare_stack
+        given["builder"] = (
+            metaschedule_machinery.builder(len(os.sched_getaffinity(0)))
+            if on_gpu
+            else ms.builder.LocalBuilder(
+                timeout_sec=_BUILD_TIMEOUT, initializer=metaschedule.bare_stack
+            )
         )
+    if on_gpu and "runner" not in given:
+        given["runner"] = metaschedule_machinery.runner()
     rounds = _rounds(deadline)
+    if on_gpu and "strategy" not in given:
+        _begin(function, tvm_target, work, min(trials, max(per_round, _FIRST)), seed, given, rounds)
+        if rounds.tried >= trials or rounds.ran == 0 or rounds.late():
+            return rounds.tried, rounds.ran
     try:
         ms.tune_tir(
             function,
             tvm_target,
             str(work),
-            trials,
-            num_trials_per_iter=min(per_round, trials),
+            trials - rounds.tried,
+            num_trials_per_iter=min(per_round, trials - rounds.tried),
             measure_callbacks=[*ms.MeasureCallback.create("default"), rounds],
             seed=seed,
             **given,
@@ -172,6 +203,79 @@ def search(
         if not rounds.over:
             raise
     return rounds.tried, rounds.ran
+
+
+def _begin(
+    function: Any,
+    tvm_target: Any,
+    work: Path,
+    count: int,
+    seed: int,
+    given: dict[str, Any],
+    rounds: Any,
+) -> None:
+    """Measure `count` samples that fit, and have the search in `given` go on from them."""
+    from tvm.s_tir import meta_schedule as ms
+
+    from .metaschedule_population import sampled
+
+    module = ms.tir_integration._normalize_mod(function)
+    context = ms.TuneContext(
+        mod=module,
+        target=tvm_target,
+        space_generator=given.get("space", "post-order-apply"),
+        search_strategy="evolutionary",
+        task_name="main",
+        rand_state=seed,
+        num_threads=1,
+    ).clone()
+    candidates = [
+        ms.MeasureCandidate(schedule, ms.arg_info.ArgInfo.from_entry_func(schedule.mod, True))
+        for schedule in sampled(context, count, seed)
+    ]
+    if not candidates:
+        return
+    builds = given["builder"].build(
+        [ms.builder.BuilderInput(each.sch.mod, tvm_target) for each in candidates]
+    )
+    built = [place for place, build in enumerate(builds) if build.error_msg is None]
+    futures = given["runner"].run(
+        [
+            ms.runner.RunnerInput(
+                str(builds[place].artifact_path), tvm_target.kind.name, candidates[place].args_info
+            )
+            for place in built
+        ]
+    )
+    runs = [ms.runner.RunnerResult(None, build.error_msg) for build in builds]
+    for place, future in zip(built, futures, strict=True):
+        runs[place] = future.result()
+        shutil.rmtree(Path(str(builds[place].artifact_path)).parent, ignore_errors=True)
+    rounds.count(runs)
+    database = ms.database.JSONDatabase(work_dir=str(work))
+    workload = database.commit_workload(module)
+    for candidate, run in zip(candidates, runs, strict=True):
+        if run.error_msg is None:
+            database.commit_tuning_record(
+                ms.database.TuningRecord(
+                    candidate.sch.trace, workload, run.run_secs, tvm_target, candidate.args_info
+                )
+            )
+    model = given.get("cost_model", "xgb")
+    if isinstance(model, str):
+        cores = given.setdefault("num_tuning_cores", len(os.sched_getaffinity(0)))
+        model = ms.cost_model.CostModel.create(model, num_tuning_cores=cores)
+    model.update(context, candidates, runs)
+    given |= {
+        "database": database,
+        "cost_model": model,
+        "strategy": ms.search_strategy.EvolutionarySearch(
+            population_size=_POPULATION,
+            init_measured_ratio=1.0,
+            init_min_unmeasured=0,
+            genetic_num_iters=3,
+        ),
+    }
 
 
 def _rounds(deadline: float | None) -> Any:
@@ -185,10 +289,16 @@ def _rounds(deadline: float | None) -> Any:
             self.tried = self.ran = 0
             self.over = False
 
-        def apply(self, task_scheduler, task_id, candidates, builds, runs) -> None:
-            self.tried += len(candidates)
+        def late(self) -> bool:
+            return deadline is not None and time.monotonic() >= deadline
+
+        def count(self, runs) -> None:
+            self.tried += len(runs)
             self.ran += sum(result.error_msg is None for result in runs)
-            if deadline is not None and time.monotonic() >= deadline:
+
+        def apply(self, task_scheduler, task_id, candidates, builds, runs) -> None:
+            self.count(runs)
+            if self.late():
                 self.over = True
                 raise RuntimeError("the time for this search is over")
 

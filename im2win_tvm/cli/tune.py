@@ -68,8 +68,8 @@ def tune(
             "--trials",
             min=1,
             help="Most configurations of a problem and schedule. Default: 64; with --again 5. A "
-            "schedule whose first takes three times as long as that of another has no more, "
-            "unless it is named.",
+            "schedule whose first takes twice as long as that of another has no more, unless it is "
+            "named, and one that is far behind after a quarter ends there.",
         ),
     ] = None,
     seconds: Annotated[

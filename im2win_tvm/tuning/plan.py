@@ -159,12 +159,15 @@ class Deadline:
     """The time of a whole session, shared out among what is left of it by weight.
 
     seconds: None is no limit. weights: of the plans, in their order. What one does not use is for
-    those after it.
+    those after it; and by what plans took beyond their shares, as their last measurements do, the
+    shares after them are smaller, so that the last plans have theirs.
     """
 
     def __init__(self, seconds: float | None, weights: Iterable[float]) -> None:
         self._end = None if seconds is None else time.monotonic() + seconds
         self._weights = list(weights)
+        self._due: float | None = None  # when the plan under way should be over
+        self._beyond: list[float] = []
 
     @property
     def left(self) -> float | None:
@@ -178,6 +181,13 @@ class Deadline:
 
     def share(self) -> float | None:
         """Seconds for the next plan."""
-        weight, total = self._weights[0], sum(self._weights)
+        weight, total, plans = self._weights[0], sum(self._weights), len(self._weights)
         del self._weights[0]
-        return None if self.left is None else self.left * weight / total
+        if self.left is None:
+            return None
+        if self._due is not None:
+            self._beyond.append(max(0.0, time.monotonic() - self._due))
+        beyond = sum(self._beyond) / max(1, len(self._beyond))
+        share = max(0.0, self.left - plans * beyond) * weight / total
+        self._due = time.monotonic() + share
+        return share

@@ -42,7 +42,7 @@ from .search import Proposer, Trial, search
 if TYPE_CHECKING:
     from .fleet import Fleet
 
-__all__ = ["FINALISTS", "HOPELESS", "SEARCH", "Session"]
+__all__ = ["BEHIND", "FINALISTS", "HOPELESS", "SEARCH", "Session"]
 
 #: The time of a candidate during a search. A tenth of the full protocol's; it ranks candidates, and
 #: what it ranks first is measured again.
@@ -50,9 +50,12 @@ SEARCH = timing.Limits(warmup=0.02, seconds=0.06, least=5, most=20)
 #: Configurations of each schedule that are measured again with the full protocol.
 FINALISTS = 4
 #: A schedule whose first configuration takes so many times as long as the fastest of all schedules
-#: has no other trial. Searches gain less than that over the heuristics; CUDA cores lose more than
-#: that against tensor cores.
-HOPELESS = 3.0
+#: has no other trial. What searches gained over heuristics on record is 1.16x at most; CUDA cores
+#: lose more than that against tensor cores.
+HOPELESS = 2.0
+#: One whose best takes so many times as long after a quarter of its trials has none of the others:
+#: of 24 searches on an H200 none gained more than half a percent after its first 16 of 64.
+BEHIND = 1.1
 
 # Bytes that have to be free where kernels are built: with less a build fails for that reason.
 _ROOM = 64 << 20
@@ -160,7 +163,7 @@ class Session:
 
         proposers: by schedule. trials: most configurations of each schedule. No further trial is
         begun of a schedule after so many `seconds`, of the problem after so many `together`.
-        patient: schedules that seem hopeless have all their trials, too (see HOPELESS). Raises
+        patient: schedules that seem hopeless have all their trials, too (HOPELESS, BEHIND). Raises
         OSError where a record cannot be written or nothing can be built for want of room on a
         disk, and TuningError where the problem cannot be measured.
         """
@@ -179,6 +182,8 @@ class Session:
         self._open(searches, trials)
         fastest = min(each.best_us for each in searches)
         waiting = [each for each in searches if patient or each.best_us <= HOPELESS * fastest]
+        # The slowest first: what it does not use of their time, those have that may win.
+        waiting.sort(key=lambda each: -each.best_us)
         for each in searches:
             if each not in waiting:
                 self.watcher.ended(each.result)
@@ -189,7 +194,8 @@ class Session:
                 least = seconds - spent if each is searches[0] else seconds
             if together is not None:
                 least = min(least, (together - spent) / (len(waiting) - index))
-            self._search(each, trials, least)
+            fastest = min(each.best_us for each in searches)
+            self._search(each, trials, least, inf if patient else BEHIND * fastest)
             self.watcher.ended(each.result)
             finalists += each.finalists()
         self._finals(results, finalists)
@@ -206,8 +212,8 @@ class Session:
         count = min(trials, max(1, self._batch - len(others)))
         self._try([*asked, *((preferred, each) for each in preferred.proposer.propose(count, []))])
 
-    def _search(self, searched: _Search, trials: int, seconds: float) -> None:
-        """The other trials of one schedule."""
+    def _search(self, searched: _Search, trials: int, seconds: float, bound: float) -> None:
+        """The other trials of one schedule; bound: a time to reach by the first quarter of them."""
         begun = time.monotonic()
 
         def measure(configs: list[Any]) -> Iterator[Trial]:
@@ -216,7 +222,8 @@ class Session:
             return iter(searched.trials[known:])
 
         def enough() -> bool:
-            return time.monotonic() - begun >= seconds
+            behind = 4 * len(searched.trials) >= trials and searched.best_us > bound
+            return behind or time.monotonic() - begun >= seconds
 
         search(searched.proposer, measure, trials, self._batch, enough, searched.trials)
 

@@ -1,0 +1,153 @@
+"""Samples of MetaSchedule's space that fit a GPU, for its search to begin with.
+
+TVM samples each tile by itself. A convolution of a large batch has so many factors that of five
+hundred samples one has threads and shared memory as a GPU has them; to find the fifty that an
+evolutionary search wants to begin with takes minutes. Here tiles are drawn with these limits in
+sight. The space is TVM's, and its own postprocessing decides what fits.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["sampled"]
+
+# Levels of TVM's tiles on CUDA, SSSRRSRS: blocks, virtual threads, threads, and two in a thread;
+# of a sum: steps that share a load, and two in a step.
+_SPATIAL, _SUMS = 5, 3
+# TVM takes up to eight virtual threads, and innermost tiles of 64.
+_VIRTUAL, _INNERMOST = 8, 64
+# Whole warps, enough of them for a multiprocessor, and a block for each of a GPU if there are as
+# many outputs.
+_THREADS, _WARP, _BUSY, _BLOCKS = (64, 512), 32, 0.85, 132
+# Sums in the registers of a thread: fewer are short of arithmetic, more of registers.
+_REGISTERS = (8, 96)
+# Products of each sum between two loads of shared memory.
+_STEP = 64
+# Elements of both operands in shared memory at a time: 48 KiB of float32.
+_SHARED = 48 * 1024 // 4
+_PIPELINE = "software_pipeline_stage"
+# Draws, and among those samples, until what was not found is not there.
+_DRAWS, _TRIES = 20_000, 60
+
+
+def sampled(context: Any, count: int, seed: int) -> list[Any]:
+    """Up to `count` schedules of a TuneContext's space, after TVM's postprocessing.
+
+    Fewer where tiles that seem to fit are not found, or one of `_TRIES` samples does not.
+    """
+    chance = random.Random(seed)
+    spaces = [schedule.trace for schedule in context.generate_design_space()]
+    found: dict[str, Any] = {}
+    for _ in range(_TRIES * count):
+        if len(found) == count:
+            break
+        trace = chance.choice(spaces)
+        steps = [step for step in trace.insts if step.kind.name == "SamplePerfectTile"]
+        extents = [math.prod(int(size) for size in trace.decisions[step]) for step in steps]
+        levels = [int(step.attrs[0]) for step in steps]
+        tiles = _tiles(extents, levels, _buffers(trace), chance)
+        if tiles is None:
+            break
+        for step, tile in zip(steps, tiles, strict=True):
+            trace = trace.with_decision(step, tile, True)
+        for step in trace.insts:
+            if step.kind.name == "SampleCategorical":
+                trace = trace.with_decision(step, chance.randrange(len(step.attrs[0])), True)
+        schedule = _applied(context, trace)
+        if schedule is not None:
+            found.setdefault(str(schedule.trace), schedule)
+    return list(found.values())
+
+
+def _applied(context: Any, trace: Any) -> Any:
+    """The schedule of a trace after TVM's postprocessing; None if that refuses it."""
+    from tvm import s_tir
+
+    schedule = s_tir.Schedule(context.mod, error_render_level="none")
+    try:
+        trace.apply_to_schedule(schedule, remove_postproc=True)
+    except Exception:  # a step that these tiles do not allow
+        return None
+    schedule.enter_postproc()  # what follows is no part of a trace that is changed and replayed
+    every = context.space_generator.postprocs
+    return schedule if all(postproc.apply(schedule) for postproc in every) else None
+
+
+def _tiles(
+    extents: list[int], levels: list[int], buffers: int, chance: random.Random
+) -> list[list[int]] | None:
+    """Tiles of each loop, or None if none were drawn that seem to fit."""
+    factors = [list(_factors(extent)) for extent in extents]
+
+    def draw(kind: int) -> dict[int, list[int]]:
+        places = [place for place, parts in enumerate(levels) if parts == kind]
+        return {place: _split(factors[place], kind, chance) for place in places}
+
+    for _ in range(_DRAWS):
+        spatial = draw(_SPATIAL)
+        if _fits(list(spatial.values())):
+            break
+    else:
+        return None
+    # Which of the loops is that of the filters is not known: the one with which it fits.
+    sides = [math.prod(tile[1:]) for tile in spatial.values()]
+    outputs = math.prod(sides)
+    operands = min(outputs // side + side for side in sides) * buffers
+    for _ in range(_DRAWS):
+        sums = draw(_SUMS)
+        step = math.prod(tile[1] * tile[2] for tile in sums.values())
+        if step <= _STEP and operands * step <= _SHARED:
+            tiles = spatial | sums
+            return [tiles[place] for place in range(len(levels))]
+    return None
+
+
+def _fits(spatial: list[list[int]]) -> bool:
+    blocks, virtual, threads, outer, inner = (
+        math.prod(tile[level] for tile in spatial) for level in range(_SPATIAL)
+    )
+    every = math.prod(math.prod(tile) for tile in spatial)
+    whole = -(-threads // _WARP) * _WARP
+    return (
+        blocks >= min(_BLOCKS, every // (_THREADS[0] * _REGISTERS[0]))
+        and virtual <= _VIRTUAL
+        and _THREADS[0] <= threads <= _THREADS[1]
+        and threads >= _BUSY * whole
+        and _REGISTERS[0] <= virtual * outer * inner <= _REGISTERS[1]
+        and max(tile[-1] for tile in spatial) <= _INNERMOST
+    )
+
+
+def _buffers(trace: Any) -> int:
+    """How many steps of a sum are in shared memory at a time, by the trace's pipeline."""
+    stages = [
+        int(stage)
+        for step in trace.insts
+        if step.kind.name == "Annotate" and str(step.attrs[0]).strip('"') == _PIPELINE
+        for stage in step.inputs[1]
+    ]
+    return max(stages, default=0) or 1
+
+
+def _split(factors: list[int], parts: int, chance: random.Random) -> list[int]:
+    """Each prime factor in a part drawn by chance."""
+    tile = [1] * parts
+    for factor in factors:
+        tile[chance.randrange(parts)] *= factor
+    return tile
+
+
+def _factors(extent: int) -> Iterator[int]:
+    """The prime factors of a number."""
+    factor = 2
+    while factor * factor <= extent:
+        while extent % factor == 0:
+            yield factor
+            extent //= factor
+        factor += 1
+    if extent > 1:
+        yield extent
