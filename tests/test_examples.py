@@ -9,11 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SAID = {
-    "compile_and_call": "output (1, 64, 56, 56)",
-    "export_and_load": "C++: 27",
-    "relax_model": "3 of 3 convolutions replaced",
-    "pytorch_model": "of 2 convolutions replaced",
-    "tune_your_layer": "after: {'config'",
+    "compile_and_call": ["output (1, 64, 56, 56)"],
+    "export_and_load": ["C++: 27"],
+    "relax_model": ["3 of 3 convolutions replaced", "C++: 10 outputs"],
+    "pytorch_model": ["of 2 convolutions replaced"],
+    "tune_your_layer": ["after: {'config'"],
 }
 
 
@@ -34,4 +34,5 @@ def test_example(name, tmp_path):
     if "no g++ here" in done.stderr:
         pytest.skip("no g++ here (Debian: apt-get install g++)")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert SAID[name] in done.stdout
+    for said in SAID[name]:
+        assert said in done.stdout

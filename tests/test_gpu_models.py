@@ -1,5 +1,9 @@
 """Models through Relax on a CUDA device, with and without TVM's CUDA graphs, against PyTorch."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 from on_gpu import DEVICE, torch
 
@@ -56,3 +60,32 @@ def test_agrees_with_pytorch(dtype, limit, cuda_graph, tmp_path):
         [y] = machine["main"](tvm.runtime.from_dlpack(x.to(DEVICE)))
         y = torch().tensor(y.numpy()).double()
         assert (y - expected).abs().max() <= limit * expected.abs().max()
+
+
+def test_exported_to_a_cpp_program(tmp_path):
+    """examples/model.cc, which knows nothing of Python."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ here (Debian: apt-get install g++)")
+    import tvm
+    from tvm_ffi import libinfo
+
+    from im2win_tvm.relax import UseIm2win, build, read
+
+    model, x = models.folded(network()), torch().ones(3, 3, 64, 64)
+    path, library, program = (tmp_path / name for name in ("model.pt2", "model.so", "model"))
+    torch().export.save(torch().export.export(model, (x,)), path)
+    with torch().no_grad():
+        expected = model.to(DEVICE).double()(x.to(DEVICE).double())[0, 0].item()
+    build(UseIm2win("cuda")(read(path)), "cuda").export_library(str(library))
+    ffi = Path(libinfo.find_libtvm_ffi())
+    source = Path(__file__).parents[1] / "examples" / "model.cc"
+    includes = [libinfo.find_include_path(), libinfo.find_dlpack_include_path()]
+    command = [compiler, "-std=c++17", source, "-o", program, "-ldl", ffi]
+    command += [f"-I{folder}" for folder in includes] + [f"-Wl,-rpath,{ffi.parent}"]
+    subprocess.run(command, check=True)
+    runtime = Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"
+    command = [program, runtime, library, "cuda", *map(str, x.shape)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert float(done.stdout.split()[-1]) == pytest.approx(expected, rel=1e-3, abs=1e-5)
