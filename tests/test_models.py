@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from im2win_tvm.bench import models as bench_models
 from im2win_tvm.cli import app
-from im2win_tvm.relax import ModelError, UseIm2win, build, functions, read, specialise
+from im2win_tvm.relax import ModelError, UseIm2win, build, read, specialise, use_im2win
 from im2win_tvm.relax.measured import Comparison, compare
 from im2win_tvm.target import resolve
 
@@ -159,7 +159,7 @@ def test_the_faster_kernel_stays(tmp_path, monkeypatch):
         asked.append(problem)
         return Comparison(10, 20) if problem.in_channels == 3 else Comparison(20, 10)
 
-    monkeypatch.setattr(functions, "compare", compared)
+    monkeypatch.setattr(use_im2win, "compare", compared)
     rewrite = UseIm2win("llvm", choice="measured")
     module = rewrite(read(path))
     first, second, head = rewrite.report.layers
@@ -170,7 +170,7 @@ def test_the_faster_kernel_stays(tmp_path, monkeypatch):
     with torch.no_grad():
         expected = model(x).numpy()
     np.testing.assert_allclose(outputs(module, x), expected, rtol=1e-4, atol=1e-4)
-    measured = compare(asked[0], resolve("llvm"))
+    measured = compare(asked[0], resolve("llvm"), UseIm2win("llvm", layout=None))
     assert measured.ours_us > 0 and measured.tvm_us > 0
     with pytest.raises(ValueError, match="choice='fast': allowed are 'all', 'measured'"):
         UseIm2win("llvm", choice="fast")

@@ -19,20 +19,14 @@ from ..schedules import ScheduleError
 from ..schedules.base import PREPARE
 from ..select import Choice, select
 from ..target import Target
-from .measured import Comparison, compare
+from .measured import Comparison
 from .memory import IN_PLACE
+from .passes import as_scheduled
 
-__all__ = ["Functions", "as_scheduled"]
+__all__ = ["Functions"]
 
 # Threads that are simulated together: filters have no barriers, and NumPy costs per call.
 _LANES = 1 << 16
-_SCHEDULED, _OPAQUE = "tirx.is_scheduled", 8
-
-
-def as_scheduled(function: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
-    """One that TVM's pipeline leaves as it is, and fuses with nothing."""
-    function = function.without_attr("global_symbol")
-    return function.with_attr(_SCHEDULED, True).with_attr("op_pattern", _OPAQUE)
 
 
 class Functions:
@@ -42,11 +36,12 @@ class Functions:
         self,
         target: Target,
         accuracy: str | None,
-        measured: bool,
+        compare: Callable[[ConvProblem, Target, str | None], Comparison] | None,
         keep: Callable[[ConvProblem, Choice], str | None] | None,
     ):
         self.target, self.accuracy, self.keep = target, accuracy, keep
-        self._comparisons: dict[ConvProblem, Comparison] | None = {} if measured else None
+        self._compare = compare
+        self._comparisons: dict[ConvProblem, Comparison] = {}
         self._lowered: dict[tuple, tuple[Choice, tvm.IRModule]] = {}
         self._variables: dict[tuple, tvm.ir.GlobalVar] = {}
         self._libraries: dict[int, Any] = {}
@@ -68,17 +63,17 @@ class Functions:
 
     def _measure(self, problem: ConvProblem, accuracy: str | None) -> None:
         """Raise ScheduleError where TVM's own kernel is the faster one, if that is asked for."""
-        if self._comparisons is None:
+        if self._compare is None:
             return
         if problem not in self._comparisons:
-            self._comparisons[problem] = compare(problem, self.target, accuracy)
+            self._comparisons[problem] = self._compare(problem, self.target, accuracy)
         found = self._comparisons[problem]
         if found.tvm_us < found.ours_us:
             raise ScheduleError(f"measured: {found}; TVM's own kernel stays")
 
     def origin(self, problem: ConvProblem, choice: Choice) -> str:
         """Where a configuration comes from, and what was measured."""
-        if self._comparisons is None:
+        if self._compare is None:
             return str(choice.origin)
         return f"{choice.origin}; measured: {self._comparisons[problem]}"
 

@@ -15,8 +15,7 @@ import tvm
 from tvm import relax
 from tvm.script import tirx as T
 
-from .functions import as_scheduled
-from .passes import extents, rewritten
+from .passes import as_scheduled, extents, rewritten
 from .scope import in_scope
 
 __all__ = ["JoinPatches"]

@@ -33,20 +33,18 @@ class Comparison:
         return f"{self.ours_us:.1f} us, TVM's own {self.tvm_us:.1f}"
 
 
-def compare(problem: ConvProblem, target: Target, accuracy: str | None = None) -> Comparison:
+def compare(problem: ConvProblem, target: Target, rewrite: tvm.transform.Pass) -> Comparison:
     """Build and run one convolution both ways, with the same random tensors.
 
-    On CUDA, TVM's timer of the device; on a CPU, wall time. Raises what TVM raises where the target
-    cannot run here.
+    rewrite: makes TVM's convolution ours. On CUDA, TVM's timer of the device; on a CPU, wall time.
+    Raises what TVM raises where the target cannot run here.
     """
-    from .use_im2win import UseIm2win
-
     rng = np.random.default_rng(0)
     w = rng.standard_normal(problem.weight_shape).astype(problem.dtype)
     module = _module(problem, w)
     device = tvm.cuda() if target.kind == "cuda" else tvm.cpu()
     x = tvm.runtime.tensor(rng.standard_normal(problem.input_shape).astype(problem.dtype), device)
-    ways = [UseIm2win(target, layout=None, accuracy=accuracy)(module), module]
+    ways = [rewrite(module), module]
     machines = [relax.VirtualMachine(build(way, target), device) for way in ways]
     samples: list[list[float]] = [[], []]
     for _ in range(_SAMPLES):

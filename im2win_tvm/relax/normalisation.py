@@ -13,8 +13,7 @@ import tvm
 from tvm import relax
 from tvm.script import tirx as T
 
-from .functions import as_scheduled
-from .passes import extents, rewritten
+from .passes import as_scheduled, extents, rewritten
 
 __all__ = ["NormaliseByRows"]
 

@@ -3,7 +3,15 @@
 import tvm
 from tvm import relax
 
-__all__ = ["extents", "rewritten"]
+__all__ = ["as_scheduled", "extents", "rewritten"]
+
+_SCHEDULED, _OPAQUE = "tirx.is_scheduled", 8
+
+
+def as_scheduled(function: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
+    """One that TVM's pipeline leaves as it is, and fuses with nothing."""
+    function = function.without_attr("global_symbol")
+    return function.with_attr(_SCHEDULED, True).with_attr("op_pattern", _OPAQUE)
 
 
 def extents(expr: relax.Expr) -> tuple[int, ...] | None:

@@ -13,8 +13,7 @@ import math
 import tvm
 from tvm import relax, s_tir, te, tirx
 
-from .functions import as_scheduled
-from .passes import extents, rewritten
+from .passes import as_scheduled, extents, rewritten
 
 __all__ = ["PoolByPixels"]
 

@@ -22,6 +22,7 @@ from .disguised import AsConvolutions
 from .ends import QuickEnds
 from .functions import Functions
 from .joining import JoinPatches
+from .measured import Comparison, compare
 from .normalisation import NormaliseByRows
 from .pooling import PoolByPixels
 from .report import Layer, Report
@@ -80,13 +81,19 @@ class UseIm2win:
         if self.target.kind == "cuda":
             passes = [PoolByPixels(), NormaliseByRows(), JoinPatches(), QuickEnds()]
             module = tvm.ir.transform.Sequential(passes)(module)
-        functions = Functions(self.target, self.accuracy, self.choice == "measured", self.keep)
+        measured = _compared if self.choice == "measured" else None
+        functions = Functions(self.target, self.accuracy, measured, self.keep)
         mutator = _Mutator(module, functions, self)
         for variable, function in module.functions_items():
             if isinstance(function, relax.Function):
                 _tell_of_others(function, self.report)
                 mutator.rewrite(variable, function)
         return relax.transform.DeadCodeElimination()(mutator.builder_.get())
+
+
+def _compared(problem: ConvProblem, target: Target, accuracy: str | None) -> Comparison:
+    """One convolution in its own layout, measured as ours and as TVM's."""
+    return compare(problem, target, UseIm2win(target, layout=None, accuracy=accuracy))
 
 
 def _simplified(module: tvm.IRModule, layout: str | None) -> tvm.IRModule:
