@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tune by MetaSchedule: the im2win expressions, and TVM's own conv2d beside them.
 
-    python scripts/tune_metaschedule.py --layers conv9,conv12 --trials 32 --seconds 60
+    python scripts/tune_metaschedule.py --layers conv9,conv12 --trials 32 --processes 4
     python scripts/tune_metaschedule.py mb1ic16ih16oc32kh3 --target llvm --expressions im2win
     python scripts/tune_metaschedule.py --dry-run mb1ic16ih16oc32kh3     # no GPU needed
 
@@ -12,7 +12,7 @@ goes to tuning_logs/<device>/metaschedule/<problem>/ with where it came from. Wh
 passed over unless --again is given. Everything is written as it is found. Side by side with the
 hand-written schedules afterwards:
 
-    im2win bench --suite paper --mb 128 --against metaschedule,tvm-tuned
+    python scripts/tuned_table.py --suite paper --batch 128
 
 Needs `pip install 'im2win_tvm[tune]'`, and for --target cuda a GPU and nvcc or cuda-bindings. Exits
 with 1 if something has no record in the end, time or not.
@@ -182,6 +182,9 @@ def main() -> None:
         default=1,
         help="searches at a time, which take turns on the GPU; %(default)s",
     )
+    parser.add_argument(
+        "--lock", type=Path, metavar="FILE", help="who locks it (flock) uses the GPU alone"
+    )
     parser.add_argument("--jobs", type=int, help="processors for all of them; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", action="store_true", help="what has records, too")
@@ -204,14 +207,14 @@ def main() -> None:
         problems = chosen(asked, "cuda" if target is None else target.kind)
     except (ProblemError, TargetError) as error:  # each names field, value and what is allowed
         sys.exit(f"error: {error}")
+    if target is not None and target.kind != "cuda" and asked.processes > 1:
+        parser.error(f"processes={asked.processes}: allowed on {target.kind}: 1, for its times")
     missing = metaschedule_tuning.missing_packages(asked.dry_run)
     if missing:
         sys.exit(f"error: {missing}")
     if target is None:
         dry_run(problems, asked.trials)
         return
-    if target.kind != "cuda" and asked.processes > 1:
-        parser.error(f"processes={asked.processes}: allowed on {target.kind}: 1, for its times")
     jobs = [
         (name, problem, expression)
         for name, problem in problems.items()
@@ -223,7 +226,7 @@ def main() -> None:
         if known:
             print(f"{name}: has records of {', '.join(known)} in {asked.out}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        failed = _all(jobs, target, asked, Path(folder) / "gpu")
+        failed = _all(jobs, target, asked, asked.lock or Path(folder) / "gpu")
     if failed:
         sys.exit(f"without a record: {', '.join(failed)}")
 
@@ -236,7 +239,7 @@ def _all(jobs: list[tuple], target: Target, asked, lock: Path) -> list[str]:
         ended: queue.SimpleQueue = queue.SimpleQueue()
         for job in jobs:
             waiting.put(job)
-        _some(waiting, ended, target, asked, None, end)
+        _some(waiting, ended, target, asked, asked.lock, end)
         return [ended.get() for _ in range(ended.qsize())]
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
