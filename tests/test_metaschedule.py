@@ -231,6 +231,20 @@ def test_a_search_on_cuda_begins_with_samples_that_fit(tmp_path, monkeypatch):
         assert int(threads) in range(32, 1025)
 
 
+def test_a_search_on_cuda_without_samples_that_fit_begins_as_tvms_does(tmp_path, monkeypatch):
+    """Of 32 outputs no block has enough."""
+    begun = []
+    monkeypatch.setattr(ms, "tune_tir", lambda *given, **_: begun.append(given[3]))
+    target = metaschedule_tuning.dry_target()
+    function = metaschedule.prim_func(
+        metaschedule.legalized(ConvProblem(1, 4, (4, 4), 8, 3), target)
+    )
+    given = machinery()
+    del given["strategy"]
+    metaschedule_tuning.search(function, target, tmp_path, 5, 2, None, 0, given)
+    assert begun == [5]
+
+
 def test_a_search_ends_with_its_time_and_keeps_what_it_has(tmp_path):
     line = metaschedule_tuning.tune(
         PROBLEM, LLVM, 64, 2, deadline=time.monotonic(), root=tmp_path, **machinery()
