@@ -253,7 +253,10 @@ def _all(jobs: list[tuple], target: Target, asked, lock: Path) -> list[str]:
         for process in processes:
             process.join()
         failed = [ended.get() for _ in range(ended.qsize())]
-        # What a process had that did not end well is not told by it.
+        # A process that did not end well has not told what it had.
+        failed += [
+            f"what a process had that ended with {p.exitcode}" for p in processes if p.exitcode
+        ]
         return failed + [f"{waiting.get()[0]} and others" for _ in range(min(1, waiting.qsize()))]
 
 

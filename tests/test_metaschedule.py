@@ -4,12 +4,16 @@ import importlib.util
 import inspect
 import json
 import os
+import queue
 import re
 import runpy
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from metaschedule_machinery import machinery, named_handlers  # noqa: F401
@@ -17,7 +21,7 @@ from tvm import relax, s_tir
 from tvm.s_tir import meta_schedule as ms
 
 from im2win_tvm import environment
-from im2win_tvm.bench import baselines, metaschedule_tuning, timing
+from im2win_tvm.bench import baselines, metaschedule_machinery, metaschedule_tuning, timing
 from im2win_tvm.bench.baselines import metaschedule
 from im2win_tvm.bench.baselines.tvm_tuned import TvmTuned
 from im2win_tvm.bench.operands import HostOperands
@@ -231,6 +235,20 @@ def test_a_search_on_cuda_begins_with_samples_that_fit(tmp_path, monkeypatch):
         assert int(threads) in range(32, 1025)
 
 
+def test_a_search_on_cuda_without_samples_that_fit_begins_as_tvms_does(tmp_path, monkeypatch):
+    """Of 32 outputs no block has enough."""
+    begun = []
+    monkeypatch.setattr(ms, "tune_tir", lambda *given, **_: begun.append(given[3]))
+    target = metaschedule_tuning.dry_target()
+    function = metaschedule.prim_func(
+        metaschedule.legalized(ConvProblem(1, 4, (4, 4), 8, 3), target)
+    )
+    given = machinery()
+    del given["strategy"]
+    metaschedule_tuning.search(function, target, tmp_path, 5, 2, None, 0, given)
+    assert begun == [5]
+
+
 def test_a_search_ends_with_its_time_and_keeps_what_it_has(tmp_path):
     line = metaschedule_tuning.tune(
         PROBLEM, LLVM, 64, 2, deadline=time.monotonic(), root=tmp_path, **machinery()
@@ -278,3 +296,42 @@ def test_the_script_refuses(arguments, message, monkeypatch, capsys):
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert ended.value.code != 0
     assert message in f"{ended.value} {capsys.readouterr().err}"
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no such loop")
+
+    monkeypatch.setattr("tvm.s_tir.meta_schedule.builder.local_builder.default_build", fails)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(RuntimeError, match="no such loop"):
+        metaschedule_machinery._built((None, None))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_search_whose_process_dies_has_no_record(monkeypatch):
+    """One that a signal ends can say nothing of the search that it had taken."""
+    spec = importlib.util.spec_from_file_location("tune_metaschedule", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "")
+    spec.loader.exec_module(script)
+
+    class Killed:
+        exitcode = -11
+
+        def __init__(self, target, args):
+            self.waiting = args[0]
+
+        def start(self):
+            self.waiting.get_nowait()
+
+        def join(self):
+            pass
+
+    manager = SimpleNamespace(Queue=queue.Queue)
+    context = SimpleNamespace(Process=Killed, Manager=lambda: nullcontext(manager))
+    monkeypatch.setattr(script.multiprocessing, "get_context", lambda kind: context)
+    asked = SimpleNamespace(total_seconds=None, processes=2)
+    jobs = [(name, PROBLEM, "im2win") for name in ("one", "other")]
+    assert script._all(jobs, LLVM, asked, None) == 2 * ["what a process had that ended with -11"]

@@ -9,28 +9,34 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 import models  # noqa: E402
 import tvm  # noqa: E402
+import tvm_ffi  # noqa: E402
 from torch import nn  # noqa: E402
 from tvm import relax  # noqa: E402
 from tvm.relax.backend.cpu_generic import pipeline as tvms  # noqa: E402
 from tvm.relax.frontend.torch import from_exported_program  # noqa: E402
 
-from im2win_tvm.relax import UseIm2win, build  # noqa: E402
+from im2win_tvm.relax import UseIm2win, build, memory  # noqa: E402
+from im2win_tvm.relax.build import _pipeline  # noqa: E402
 from im2win_tvm.relax.memory import IN_PLACE, PlanMemory  # noqa: E402
-from im2win_tvm.target import resolve  # noqa: E402
+from im2win_tvm.target import CudaTarget, resolve  # noqa: E402
 
 
 def planned(model, x):
     """Modules with TVM's plan and with ours."""
     program = torch.export.export(model, (x,))
-    module = UseIm2win("llvm")(from_exported_program(program, keep_params_as_input=False))
+    before = lowered(UseIm2win("llvm")(from_exported_program(program, keep_params_as_input=False)))
+    return before, PlanMemory()(before)
+
+
+def lowered(module):
+    """With TVM's plan."""
     target = resolve("llvm").tvm()
     passes = [
         *tvms.legalize_passes(target), *tvms.dataflow_lower_passes(target),
         relax.transform.StaticPlanBlockMemory(),
     ]  # fmt: skip
     with target:
-        before = tvm.transform.Sequential(passes)(module)
-    return before, PlanMemory()(before)
+        return tvm.transform.Sequential(passes)(module)
 
 
 def run(module, x):
@@ -107,3 +113,48 @@ def test_what_is_read_later_stays():
     _, after = planned(model, x)
     assert sorted(in_place(after)) == [False, False, True, True]
     np.testing.assert_array_equal(run(after, x), model(x).detach().numpy())
+
+
+@pytest.fixture
+def halves():
+    """One half of an input is read at once, and the other at the end."""
+    builder, x = relax.BlockBuilder(), relax.Var("x", relax.TensorType((8,), "float32"))
+    with builder.function("main", [x]):
+        both = builder.emit(relax.op.split(x, 2))
+        y = builder.emit(relax.op.permute_dims(builder.emit(relax.TupleGetItem(both, 0))))
+        y = builder.emit(relax.op.permute_dims(y))
+        builder.emit_func_output(relax.op.add(builder.emit(relax.TupleGetItem(both, 1)), y))
+    return lowered(builder.get())
+
+
+def test_a_tuple_keeps_only_what_is_taken_from_it(halves):
+    main = halves["main"]
+    bindings = [binding for block in main.body.blocks for binding in block.bindings]
+    tensors, _ = memory._lives(bindings, main.body.body, halves)
+    one, other, first, second = sorted(tensors, key=lambda tensor: tensor.first)
+    assert one.last < second.first < other.last == second.last
+    assert first.meets(one) and not second.meets(one)
+
+
+def test_no_plan_takes_more_than_tvms(halves, monkeypatch):
+    def apart(tensors):
+        return {v: (n, t.size) for n, t in enumerate(tensors) for v in t.variables}
+
+    monkeypatch.setattr(memory, "_assigned", apart)
+    assert tvm_ffi.structural_equal(PlanMemory()(halves), halves)
+
+
+def test_the_rest_of_the_module_is_kept(halves):
+    halves.update_global_info("vdevice", [relax.VDevice("llvm")])
+    assert PlanMemory()(halves).global_infos["vdevice"]
+
+
+def test_builds_for_cuda_have_the_plan():
+    target = CudaTarget("sm_90a").tvm("llvm")
+    names = [each.info.name for each in _pipeline(target).passes]
+    place = names.index("PlanMemory")
+    assert names[place - 1 : place + 2] == [
+        "StaticPlanBlockMemory",
+        "PlanMemory",
+        "RewriteCUDAGraph",
+    ]

@@ -123,6 +123,24 @@ def test_operands_that_do_not_fit(change, message):
         ours.conv2d(*(t if t is None else t.to("meta") for t in change(x, w, b)), *rest)
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(padding="same"), "padding='same': allowed are two whole numbers from 0"),
+        (dict(stride=(1.0, 1.0)), r"stride=\(1.0, 1.0\): allowed are two whole numbers from 1"),
+        (dict(stride=0), r"stride=\(0, 0\): allowed are two whole numbers from 1"),
+        (dict(dilation=(1,)), r"dilation=\(1,\): allowed are two whole numbers from 1"),
+        (dict(groups=1.0), "groups=1.0: allowed is a whole number"),
+    ],
+)
+def test_numbers_that_are_none(options, message):
+    """Nor do they stand in the way of those that are."""
+    x, w = torch.ones(1, 2, 5, 5), torch.ones(3, 2, 3, 3)
+    with pytest.raises(RuntimeError, match=message):
+        ours.conv2d(x, w, **options)
+    assert not operator._kernels
+
+
 def test_autocast_and_vmap():
     x, w, b, *rest = operands(CASES["all"])
     with torch.autocast("cpu", torch.float16):

@@ -72,3 +72,9 @@ def test_metaschedule_stands_beside(place):
     assert tuned.total(record) == (
         "tuned is another configuration on 2 of 3 layers, 0.95x as fast there (0.75x to 1.20x)"
     )
+    # One that failed has no time, and no part in the mean.
+    del layers[1]["implementations"][0]["times"]
+    assert tuned.table(record)[2][1:4] == ["60.00", "-", "-"]
+    assert tuned.total(record).endswith("on 2 of 3 layers, 1.20x as fast there (1.20x to 1.20x)")
+    del layers[0]["implementations"][1]["times"]
+    assert tuned.total(record) == "tuned is another configuration on 2 of 3 layers"

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tuning_records import CPU, H100, PROBLEM, failed, make, write
@@ -25,7 +26,7 @@ from im2win_tvm.tuning import lookup, plan, session
 from im2win_tvm.tuning.measuring import Measurement, Measurer, TuningError
 from im2win_tvm.tuning.records import Record, key_of, read
 from im2win_tvm.tuning.result import Result
-from im2win_tvm.tuning.search import Listed, RandomThenClimb
+from im2win_tvm.tuning.search import Listed, RandomThenClimb, Trial
 
 BRIEF = timing.Limits(warmup=0.001, seconds=0.001, least=3, most=5)
 TEXT = str(PROBLEM)
@@ -349,6 +350,29 @@ def test_schedules_of_a_gpu_meet_in_one_last_round(place, monkeypatch):
     with session.Session(H100, place / "behind", jobs=4) as running:
         results = running.tune(PROBLEM, proposers, 20)
         assert [result.tried for result in results] == [20, 5]
+
+
+def test_seconds_of_a_schedule_are_not_spent_by_others(place, monkeypatch):
+    """The preferred schedule is searched last where it is the fastest."""
+    clock, given = [100.0], {}
+    names = ["cuda_simt", "cuda_simt_explicit"]
+
+    def opened(self, searches, trials):
+        clock[0] += 1
+        for each, time_us in zip(searches, (1.0, 1.5), strict=True):
+            each.trials.append(Trial(None, time_us))
+
+    def searched(self, each, trials, seconds, bound):
+        given[each.result.schedule] = seconds
+        clock[0] += seconds
+
+    monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(session.Builder, "begin", lambda self: None)
+    monkeypatch.setattr(session.Session, "_open", opened)
+    monkeypatch.setattr(session.Session, "_search", searched)
+    with session.Session(H100, place, jobs=1) as running:
+        running.tune(PROBLEM, dict.fromkeys(names), 20, seconds=10.0)
+    assert list(given.items()) == [(names[1], 10.0), (names[0], 9.0)]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ one GPU.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,8 +52,13 @@ def _built(given: tuple[Any, Any]) -> str:
     """In the other process: the path of a library, in a folder of its own."""
     from tvm.s_tir.meta_schedule.builder.local_builder import default_build
 
-    library = Path(tempfile.mkdtemp(prefix="metaschedule-")) / "candidate.so"
-    default_build(*given, None).export_library(str(library))
+    folder = tempfile.mkdtemp(prefix="metaschedule-")
+    try:
+        library = Path(folder) / "candidate.so"
+        default_build(*given, None).export_library(str(library))
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
     return str(library)
 
 

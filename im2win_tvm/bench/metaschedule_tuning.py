@@ -165,7 +165,8 @@ def search(
     """Search schedules of a PrimFunc into a database in `work`.
 
     Returns how many candidates were tried, and how many of them were built and ran. On a GPU the
-    first round has samples that fit one, and an evolutionary search goes on from these.
+    first round has samples that fit one, and an evolutionary search goes on from these; where none
+    is found, for a problem of few outputs, it begins as TVM's does.
     """
     from tvm.s_tir import meta_schedule as ms
 
@@ -185,7 +186,7 @@ def search(
     rounds = _rounds(deadline)
     if on_gpu and "strategy" not in given:
         _begin(function, tvm_target, work, min(trials, max(per_round, _FIRST)), seed, given, rounds)
-        if rounds.tried >= trials or rounds.ran == 0 or rounds.late():
+        if rounds.tried >= trials or (rounds.tried and not rounds.ran) or rounds.late():
             return rounds.tried, rounds.ran
     try:
         ms.tune_tir(
@@ -214,7 +215,7 @@ def _begin(
     given: dict[str, Any],
     rounds: Any,
 ) -> None:
-    """Measure `count` samples that fit, and have the search in `given` go on from them."""
+    """Measure up to `count` samples that fit, and have the search in `given` go on from them."""
     from tvm.s_tir import meta_schedule as ms
 
     from .metaschedule_population import sampled

@@ -140,12 +140,10 @@ def table(record: dict[str, Any]) -> list[list[str]]:
 
 def total(record: dict[str, Any]) -> str:
     """How often, and by how much, the tuned choice is another one, and faster."""
-    gains = [
-        _time(layer, name=HEURISTIC) / _time(layer, name=TUNED)
-        for layer in record["layers"]
-        if not layer["same"]
-    ]
-    text = f"tuned is another configuration on {len(gains)} of {len(record['layers'])} layers"
+    others = [layer for layer in record["layers"] if not layer["same"]]
+    times = [(_time(layer, name=HEURISTIC), _time(layer, name=TUNED)) for layer in others]
+    gains = [plain / tuned for plain, tuned in times if math.isfinite(plain + tuned)]
+    text = f"tuned is another configuration on {len(others)} of {len(record['layers'])} layers"
     if not gains:
         return text
     mean, least, most = map(ratio, (geomean(gains), min(gains), max(gains)))

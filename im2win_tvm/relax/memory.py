@@ -49,7 +49,7 @@ class PlanMemory:
 
     @staticmethod
     def transform_module(module: tvm.IRModule, _context) -> tvm.IRModule:
-        made = tvm.IRModule(module.functions, attrs=module.attrs)
+        made = module.clone()
         for variable, function in module.functions_items():
             if isinstance(function, relax.Function):
                 try:
@@ -68,13 +68,18 @@ def _planned(function: relax.Function, module: tvm.IRModule) -> relax.Function:
     tensors, storages = _lives(bindings, function.body.body, module)
     if not tensors:
         return function
-    return _with_storages(function, bindings, _assigned(tensors), storages)
+    assigned = _assigned(tensors)
+    # Greedy plans are no optimum, ours or TVM's: the smaller one.
+    if sum(dict(assigned.values()).values()) > sum(storages.values()):
+        return function
+    return _with_storages(function, bindings, assigned, storages)
 
 
-def _lives(bindings, result, module) -> tuple[list[_Tensor], set[relax.Var]]:
-    """The tensors in storages, and the variables of these."""
-    storages: set[relax.Var] = set()
+def _lives(bindings, result, module) -> tuple[list[_Tensor], dict[relax.Var, int]]:
+    """The tensors in storages, and the bytes of these by their variables."""
+    storages: dict[relax.Var, int] = {}
     tensors: dict[relax.Var, _Tensor] = {}
+    tuples: dict[relax.Var, relax.Tuple] = {}
     # Of each variable, the tensors whose memory it may lie in.
     within: dict[relax.Var, list[relax.Var]] = {}
     last: dict[relax.Var, int] = {}
@@ -87,14 +92,19 @@ def _lives(bindings, result, module) -> tuple[list[_Tensor], set[relax.Var]]:
         if name == _STORAGE:
             # All on one device, and of one kind.
             where = str(value.args[2].value), _number(value.args[1])
-            _check(where == ("global", 0))
-            storages.add(variable)
+            size = _number(value.args[0].values[0])
+            _check(where == ("global", 0) and size is not None)
+            storages[variable] = size
             continue
         if name == _TENSOR:
             _check(value.args[0] in storages and _number(value.args[1]) == 0)
             tensors[variable] = _Tensor(_bytes(variable), number, number, [variable])
             within[variable] = [variable]
             continue
+        if isinstance(value, relax.Tuple):
+            tuples[variable] = value
+        elif isinstance(value, relax.TupleGetItem) and value.tuple_value in tuples:
+            value = tuples[value.tuple_value].fields[value.index]  # and none of the others
         read = _tensors_of(value, within, storages)
         for tensor in read:
             last[tensor] = number

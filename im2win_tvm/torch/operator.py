@@ -70,7 +70,7 @@ def conv2d(
     """
     if not type(stride) is type(padding) is type(dilation) is tuple:
         stride, padding, dilation = (
-            (int(value),) * 2 if isinstance(value, Integral) else tuple(value)
+            (int(value),) * 2 if isinstance(value, Integral) else value
             for value in (stride, padding, dilation)
         )
     if nothing_between(input, weight, bias):
@@ -162,6 +162,7 @@ def _found(input, weight, bias, stride, padding, dilation, groups, accuracy, cha
     )  # fmt: skip
     found = _kernels.get(call)
     if found is None:
+        _check_numbers(groups, stride=stride, padding=padding, dilation=dilation)
         _check(input, weight, bias, groups)
         made = call.kernel(), _output_shape(input, weight, stride, padding, dilation)
         with _guard:
@@ -247,6 +248,21 @@ library.impl(NAME, ("cpu", "cuda"), _computed)
 def _is_here(x: torch.Tensor) -> bool:
     """Whether the device of a tensor is the current one."""
     return not x.is_cuda or x.get_device() == torch.cuda.current_device()
+
+
+def _check_numbers(groups, **pairs) -> None:
+    """Raise RuntimeError for strings, floats and other than two numbers.
+
+    Nobody else has where the dispatcher was left out, and 1.0 would be found as 1 is.
+    """
+    for name, value in pairs.items():
+        least = 0 if name == "padding" else 1
+        if len(value) != 2 or not all(isinstance(n, Integral) and n >= least for n in value):
+            raise RuntimeError(
+                f"im2win::conv2d: {name}={value!r}: allowed are two whole numbers from {least}"
+            )
+    if not isinstance(groups, Integral):
+        raise RuntimeError(f"im2win::conv2d: groups={groups!r}: allowed is a whole number")
 
 
 def _check(x, weight, bias, groups) -> None:

@@ -180,6 +180,7 @@ class Session:
         for result in results:
             self.watcher.search(result, trials)
         self._open(searches, trials)
+        opened = time.monotonic() - begun  # the time of the preferred one's first trials
         fastest = min(each.best_us for each in searches)
         waiting = [each for each in searches if patient or each.best_us <= HOPELESS * fastest]
         # The slowest first: what it does not use of their time, those have that may win.
@@ -191,7 +192,7 @@ class Session:
         for index, each in enumerate(waiting):
             least, spent = inf, time.monotonic() - begun
             if seconds is not None:
-                least = seconds - spent if each is searches[0] else seconds
+                least = seconds - opened if each is searches[0] else seconds
             if together is not None:
                 least = min(least, (together - spent) / (len(waiting) - index))
             fastest = min(each.best_us for each in searches)
