@@ -46,15 +46,20 @@ class Wrong:
 
 def test_run_and_its_record():
     target = resolve("llvm")
-    steps = []
+    steps, kept = [], []
     record = run(
         {"small": SMALL, "last": SMALL.replace(layout="NHWC", groups=1)},
         target,
         [Im2win("cpu_blocked"), TvmDefault()],
         BRIEF,
         steps.append,
+        keep=lambda record: kept.append(json.dumps(record)),
     )
     assert steps == ["small", "last"]
+    for count, text in enumerate(kept, 1):  # what a run that is stopped leaves
+        assert json.loads(text)["layers"] == json.loads(json.dumps(record))["layers"][:count]
+        assert report.text(json.loads(text))
+    assert len(kept) == 2
     assert json.loads(json.dumps(record, allow_nan=False)) == json.loads(json.dumps(record))
     assert record["format"] == FORMAT
     assert {"date", "command", "device", "environment", "protocol", "target"} <= set(record)

@@ -60,10 +60,12 @@ def run(
     limits: timing.Limits | None = None,
     progress: Progress = lambda what: None,
     accuracy: str | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Check and time every implementation on every problem; the record, ready for JSON.
 
     `progress` is told what comes next, once for every kernel built beforehand and every problem.
+    `keep` is given the record so far after every problem, without the seconds that all took.
     accuracy: the class that is measured, None for the dtype's own. With tf32 a family that computes
     in it takes part in it alone, on both sides; what computes in fp32 only takes part in that.
     Raises BenchError where the target cannot run here, AccuracyError for a class that a problem's
@@ -112,6 +114,7 @@ def run(
                 "implementations": measured,
             }
         )
+        keep(record)
     record["seconds"] = round(time.monotonic() - started, 1)
     return record
 

@@ -82,7 +82,8 @@ def bench(
         ),
     ] = None,
     json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the record as JSON.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the record as JSON, after every layer."),
     ] = None,
     csv_path: Annotated[
         Path | None,
@@ -141,14 +142,21 @@ def bench(
     for path in (json_path, csv_path, png, roofline_path):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(record: dict) -> None:
+        if json_path is not None:
+            part = json_path.with_name(json_path.name + ".part")
+            part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+            part.replace(json_path)
+
     ours = sum(isinstance(entry, Im2win) for entry in contenders)
     builds = 0 if default_jobs(resolved) == 1 else ours * len(chosen)
     with progress(len(chosen) + builds) as step:
         limits = limits_for(resolved, time_limit)
-        record = run(chosen, resolved, contenders, limits, step, accuracy)
+        # Whatever stops the run: what was measured stays.
+        record = run(chosen, resolved, contenders, limits, step, accuracy, keep=write)
     print(report.text(record))
-    if json_path is not None:
-        json_path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write(record)
     if csv_path is not None:
         csv_path.write_text(rows.text(record))
     if roofline_path is not None:
