@@ -37,6 +37,9 @@ STATEMENTS = {
     "kernel(x, w)": "kernel(x, w, **operands)",
     "of that, the allocation": "empty(shape, dtype=dtype, device=device)",
     "kernel.bind(x, w, out=out)()": "bound()",
+    "im2win_tvm.torch.conv2d(x, w)": "direct(*convolution)",
+    "torch.ops.im2win.conv2d(x, w)": "operator(*convolution)",
+    "torch.nn.functional.conv2d(x, w)": "theirs(*convolution[:3])",
     "the function, on PyTorch's tensors": "function(*tensors)",
     "the function, on tvm_ffi's tensors": "function(*converted)",
 }
@@ -159,6 +162,8 @@ def measure(kernel: Any, device: str, batches: int, calls: int) -> dict[str, dic
     import torch
     import tvm_ffi
 
+    import im2win_tvm.torch  # has PyTorch know the operator
+
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     # Kernels with a workspace, which these are not, run a transform before.
     if [call["function"] for call in kernel.metadata["calls"]] != ["im2win_conv"]:
@@ -172,11 +177,17 @@ def measure(kernel: Any, device: str, batches: int, calls: int) -> dict[str, dic
     x, out = made["x"], made["y"]
     operands = {name: made[name] for name in ("bias", "residual") if name in made}
     tensors = [made[name] for name in kernel.metadata["calls"][0]["arguments"]]
+    image = x.permute(0, 3, 1, 2) if kernel.problem.layout == "NHWC" else x
+    # Weights that stay; a size of 1, so that nothing else is needed.
+    rest = ((1, 1), (0, 0), (1, 1), 1, None, True)
     with tempfile.TemporaryDirectory(prefix="im2win-") as folder:
         library = kernel.export(Path(folder) / "kernel.so")
         names = {
             "kernel": kernel, "x": x, "w": prepared, "operands": operands, "out": out,
             "empty": torch.empty, "shape": tuple(out.shape), "dtype": x.dtype, "device": x.device,
+            "convolution": (image, made["w"], operands.get("bias"), *rest),
+            "direct": im2win_tvm.torch.conv2d, "operator": torch.ops.im2win.conv2d,
+            "theirs": torch.nn.functional.conv2d,
             "bound": kernel.bind(x, prepared, **operands, out=out),
             "function": tvm_ffi.load_module(str(library)).im2win_conv,
             "tensors": tensors, "converted": [tvm_ffi.from_dlpack(t) for t in tensors],

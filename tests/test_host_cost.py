@@ -27,7 +27,7 @@ def test_it_times_every_way_to_call(epilogue, tmp_path):
     assert record["epilogue"]["bias"] == epilogue
     assert (record["batches"], record["calls_per_batch"]) == (4, 20)
     costs = record["host_us_per_call"]
-    assert len(costs) == 7
+    assert len(costs) == 10
     for name, cost in costs.items():
         assert 0 < cost["lower"] <= cost["median"] <= cost["upper"]
         assert f"{name:36} {cost['median']:7.2f} " in done.stdout
