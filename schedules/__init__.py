@@ -32,9 +32,9 @@ SCHEDULES: dict[str, Schedule] = {
         CUDA_WINDOW_FP32,
         CUDA_SIMT_ASYNC,
         CUDA_SIMT_ASYNC_EXPLICIT,
+        CUDA_MMA,
         CUDA_SIMT,
         CUDA_SIMT_EXPLICIT,
-        CUDA_MMA,
         CPU_METASCHEDULE,
         CUDA_METASCHEDULE,
     )
