@@ -54,7 +54,7 @@ FINALISTS = 4
 #: lose more than that against tensor cores.
 HOPELESS = 2.0
 #: One whose best takes so many times as long after a quarter of its trials has none of the others:
-#: of 24 searches on an H200 none gained more than half a percent after its first 16 of 64.
+#: of 25 searches on an H200 none gained more than half a percent after its first 16 of 64.
 BEHIND = 1.1
 
 # Bytes that have to be free where kernels are built: with less a build fails for that reason.
