@@ -13,7 +13,12 @@ from typing import Any
 import tvm
 import tvm_ffi
 from tvm import relax
-from tvm.relax.backend.cuda import pipeline
+from tvm.relax.backend.cuda.pipeline import (
+    dataflow_lower_passes,
+    finalize_passes,
+    legalize_passes,
+    library_dispatch_passes,
+)
 
 from .. import lower, toolchain  # noqa: F401  lower registers the pipeline below
 from ..kernel_cache import default_folder
@@ -64,10 +69,7 @@ def build(
 def _pipeline(target: tvm.target.Target) -> tvm.transform.Pass:
     """TVM's own for CUDA, with our plan of memory after its."""
     passes = []
-    for each in (
-        pipeline.library_dispatch_passes, pipeline.legalize_passes,
-        pipeline.dataflow_lower_passes, pipeline.finalize_passes,
-    ):  # fmt: skip
+    for each in (library_dispatch_passes, legalize_passes, dataflow_lower_passes, finalize_passes):
         for found in each(target):
             passes.append(found)
             if found.info.name == "StaticPlanBlockMemory":
