@@ -141,6 +141,21 @@ def test_numbers_that_are_none(options, message):
     assert not operator._kernels
 
 
+def test_derivatives_in_forward_mode_are_refused():
+    x, w = torch.randn(1, 4, 8, 8), torch.randn(4, 4, 3, 3)
+    with torch.autograd.forward_ad.dual_level():
+        assert ours.conv2d(x, w).shape == (1, 4, 6, 6)
+        for name, arguments in (
+            ("input", (torch.autograd.forward_ad.make_dual(x, x), w)),
+            ("weight", (x, torch.autograd.forward_ad.make_dual(w, w))),
+        ):
+            for call in (ours.conv2d, torch.ops.im2win.conv2d):
+                with pytest.raises(
+                    NotImplementedError, match=f"{name} has a tangent: .*functional"
+                ):
+                    call(*arguments)
+
+
 def test_autocast_and_vmap():
     x, w, b, *rest = operands(CASES["all"])
     with torch.autocast("cpu", torch.float16):

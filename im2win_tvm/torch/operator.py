@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import library
+from torch.autograd import forward_ad
 
 from ..accuracy import TF32, AccuracyError
 from ..arrays import ArgumentError
@@ -199,10 +200,22 @@ def _rows_last(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1)
 
 
+def _refuse_tangents(*tensors) -> None:
+    """Without this a derivative would be zero, and nobody told."""
+    for name, tensor in zip(("input", "weight", "bias"), tensors, strict=True):
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has a tangent: im2win::conv2d has no derivative in forward mode; "
+                "torch.nn.functional.conv2d has"
+            )
+
+
 def _computed(
     input, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1,
     accuracy=None, constant_weight=False,
 ):  # fmt: skip
+    if forward_ad._current_level >= 0:  # of nested `dual_level`s, from 0
+        _refuse_tangents(input, weight, bias)
     x, w, b = (
         t.detach() if t is not None and t.requires_grad else t for t in (input, weight, bias)
     )
