@@ -327,7 +327,7 @@ def test_a_search_whose_process_dies_has_no_record(monkeypatch):
             self.waiting.get_nowait()
 
         def join(self):
-            pass
+            """Over at once: a signal ended it."""
 
     manager = SimpleNamespace(Queue=queue.Queue)
     context = SimpleNamespace(Process=Killed, Manager=lambda: nullcontext(manager))

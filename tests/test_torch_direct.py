@@ -11,7 +11,7 @@ from im2win_tvm.torch.direct import nothing_between  # noqa: E402
 
 
 class Subclass(torch.Tensor):
-    pass
+    """Not PyTorch's own: its `__torch_function__` may do anything."""
 
 
 def test_plain_tensors():

@@ -78,6 +78,9 @@ def conv2d(
         return _computed(
             input, weight, bias, stride, padding, dilation, groups, accuracy, constant_weight
         )
+    if forward_ad._current_level >= 0:
+        # Those of torch.func.jvp are gone where the operator's function is called.
+        _refuse_tangents(input, weight, bias)
     return torch.ops.im2win.conv2d(
         input, weight, bias, stride, padding, dilation, groups, accuracy, constant_weight
     )
@@ -204,9 +207,9 @@ def _refuse_tangents(*tensors) -> None:
     """Without this a derivative would be zero, and nobody told."""
     for name, tensor in zip(("input", "weight", "bias"), tensors, strict=True):
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(
-                f"{name} has a tangent: im2win::conv2d has no derivative in forward mode; "
-                "torch.nn.functional.conv2d has"
+            raise RuntimeError(
+                f"{name} has a tangent: im2win::conv2d has no derivative in forward mode; call "
+                "torch.nn.functional.conv2d"
             )
 
 
