@@ -23,8 +23,10 @@ from im2win_tvm import builds, environment, reference, tensors, toolchain
 from im2win_tvm.epilogue import NONE, Epilogue
 from im2win_tvm.problem import ConvProblem
 from im2win_tvm.schedules import SCHEDULES
+from im2win_tvm.schedules.cuda_thin_tiles import Config as ThinConfig
+from im2win_tvm.schedules.cuda_window_fp32_tiles import Config as SplitConfig
 from im2win_tvm.schedules.cuda_window_tiles import Config
-from im2win_tvm.target import resolve
+from im2win_tvm.target import CudaTarget, resolve
 
 FORMS = (
     "cuda_simt",
@@ -34,6 +36,12 @@ FORMS = (
     "cuda_mma",
     "cuda_window",
     "cuda_window_tf32",
+    "cuda_window_fp32",
+    "cuda_thin",
+    "cuda_thin_tf32",
+    "cuda_thin_fp32",
+    "cuda_depthwise",
+    "cuda_depthwise_mma",
 )
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FULL = Epilogue(True, True, "relu")
@@ -55,10 +63,30 @@ CASES = (
     (ConvProblem(2, 128, (7, 7), 72, 3, padding=1), FULL),
     (ConvProblem(1, 1, (1, 1), 1, 1), NONE),
 )
-# Windows in shared memory, as their schedules would not choose them for problems so small.
+# Filters of one channel, for CUDA cores and, in float16, tensor cores.
+DEPTHWISE = ConvProblem(2, 16, (15, 19), 16, 7, 1, 3, groups=16, dtype="float16", layout="NHWC")
+CASES += tuple(
+    (DEPTHWISE.replace(**fields), FULL)
+    for fields in ({}, {"layout": "NCHW"}, {"dtype": "float32"}, {"stride": 2})
+)
+# Few channels: windows one above the other, a second copy of odd strides, elements that threads
+# bring because of dilation or the layout.
+THIN = ConvProblem(3, 3, (21, 23), 40, 3, 2, 1, dtype="float16", layout="NHWC")
+CASES += tuple(
+    (THIN.replace(dtype=dtype, **fields), FULL)
+    for dtype in ("float16", "float32")
+    for fields in (
+        {},
+        {"stride": 1},
+        {"dilation": 2},
+        {"layout": "NCHW"},
+        {"in_channels": 4, "kernel_size": 7, "padding": 3},
+    )
+)
+# Configurations that their schedules would not choose for problems so small, by their type.
 WINDOW = ConvProblem(9, 72, (9, 10), 136, 3, 1, 1, dtype="float16", layout="NHWC")
 STRIDED = WINDOW.replace(in_channels=40, kernel_size=(4, 3), stride=(2, 3), dilation=(1, 2))
-WINDOWS = tuple(
+CONFIGURED = tuple(
     (problem.replace(dtype=dtype), FULL, config)
     for (problem, config), dtype in itertools.product(
         (
@@ -72,21 +100,42 @@ WINDOWS = tuple(
                 Config(8, 1, 2, True, taps="row", dense=True, blocks=2, filter_stages=3),
             ),
             (STRIDED, Config(2, 2, 8, dense=True)),
+            (WINDOW, SplitConfig(1, 3, 8, along_p=2)),
+            (WINDOW, SplitConfig(1, 3, 8, block="pixel")),
+            (WINDOW, SplitConfig(1, 3, 8, taps="row", split=2)),
+            (
+                THIN,
+                ThinConfig(
+                    40, 3, 3, 1, 19, 2, producers=2, turns=True, pairs=True, by_copies=False
+                ),
+            ),
         ),
         ("float16", "float32"),
     )
 )
+OF = {
+    Config: ("cuda_window", "cuda_window_tf32"),
+    SplitConfig: ("cuda_window_fp32",),
+    ThinConfig: ("cuda_thin", "cuda_thin_tf32"),
+}
+
+
+class Few(CudaTarget):
+    """A GPU of two multiprocessors: a block takes many tiles, and rings of stages go round."""
+
+    multiprocessors = 2
 
 
 def prepare(folder: Path, forms: list[str]) -> None:
     """Export every case in the forms that take it, with operands and the expected output."""
-    target = resolve("cuda")
+    here = resolve("cuda")
+    target = Few(here.arch, here.device)
     asked = [
         (form, *case)
         for form in forms
-        for case in (*((*case, None) for case in CASES), *WINDOWS)
+        for case in (*((*case, None) for case in CASES), *CONFIGURED)
         if SCHEDULES[form].supports(case[0], target) is None
-        and (case[2] is None or form.startswith("cuda_window"))
+        and (case[2] is None or form in OF[type(case[2])])
     ]
     requests = [
         builds.Request(p, target, form, config, e, SCHEDULES[form].accuracy(p))
@@ -173,7 +222,7 @@ def main() -> int:
     if options.record:
         figures = {
             "schedules": forms,
-            "problems": [str(problem) for problem, *_ in (*CASES, *WINDOWS)],
+            "problems": [str(problem) for problem, *_ in (*CASES, *CONFIGURED)],
             "tools": {t: "failed" if t in failed else "clean" for t in options.tools.split(",")},
         }
         command = ["python", *sys.argv]

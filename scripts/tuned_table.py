@@ -67,11 +67,21 @@ def _measured(asked: argparse.Namespace) -> dict:
                 sys.exit(f"layers={name!r}: allowed: {', '.join(problems)}")
         problems = {name: problems[name] for name in names}
     limits = limits_for(target, asked.time_limit)
-    record = tuned.measure(problems, target, asked.accuracy, not asked.ours, limits)
-    if asked.json is not None:
-        asked.json.parent.mkdir(parents=True, exist_ok=True)
-        asked.json.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+    def write(record: dict) -> None:
+        if asked.json is not None:
+            asked.json.parent.mkdir(parents=True, exist_ok=True)
+            asked.json.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+    record = tuned.measure(
+        problems, target, asked.accuracy, not asked.ours, limits, progress=_say, keep=write
+    )
+    write(record)
     return record
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ BUSY = {
         ("conv7", "bfloat16", "NHWC"),
         ("conv3", "float16", "NCHW"),
         ("conv3", "float32", "NHWC"),
+        ("conv1", "float32", "NHWC"),
     )
 } | {
     f"{layer}, fp32, NHWC": asked_fp32(suites.layer("paper", layer, 32, "float32", "NHWC"))

@@ -70,11 +70,12 @@ def measure(
     others: bool = True,
     limits: timing.Limits | None = None,
     progress: Callable[[str], None] = lambda what: None,
+    keep: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
-    """The record of a run, as `bench.run.run` has it.
+    """The record of a run, as `bench.run.run` has it; `keep` is given it after every layer.
 
-    others: whether MetaSchedule's are measured, too. Each layer says in `origins` where the tuned
-    configuration comes from.
+    others: whether MetaSchedule's are measured, too. Each layer says in `origin` where the tuned
+    configuration comes from, and in `same` whether it is the heuristic's.
     """
 
     def by_hand(problem: ConvProblem) -> Choice:
@@ -91,11 +92,9 @@ def measure(
             and schedule.accuracy(problem) == wanted
         ]
         recorded = [other for other in found if other.origin.time_us is not None]
-        return min(
-            recorded,
-            key=lambda other: other.origin.time_us,
-            default=untuned(problem, target, accuracy),
-        )
+        if not recorded:
+            return untuned(problem, target, accuracy)
+        return min(recorded, key=lambda other: other.origin.time_us)
 
     ours = [
         Chosen(TUNED, by_hand),
@@ -103,11 +102,14 @@ def measure(
     ]
     rivals = [entry for family in _OTHERS.values() for entry in COMPETITORS[family]]
     rivals = [entry for entry in rivals if getattr(entry, "kind", target.kind) == target.kind]
-    record = run(problems, target, ours + rivals * others, limits, progress, accuracy)
-    for layer, problem in zip(record["layers"], problems.values(), strict=True):
-        layer["origin"] = str(ours[0].choice(problem).origin)
-        layer["same"] = _same(*(entry.choice(problem) for entry in ours))
-    return record
+
+    def told(record: dict[str, Any]) -> None:
+        layer = record["layers"][-1]
+        choices = [entry.choice(problems[layer["name"]]) for entry in ours]
+        layer["origin"], layer["same"] = str(choices[0].origin), _same(*choices)
+        keep(record)
+
+    return run(problems, target, ours + rivals * others, limits, progress, accuracy, told)
 
 
 def _same(one: Choice, other: Choice) -> bool:
