@@ -76,13 +76,14 @@ def convolve(problem: ConvProblem, config: Config, epilogue: Epilogue):
                 at: T.let = k * THREADS + thread
                 first: T.let = start_in + run * PLANE_IN
                 vector: T.let = first // WIDTH + at
-                if vector * WIDTH < first + length_in:
+                into = T.meta_var((run * b.vectors_in + at) * WIDTH)
+                # The last vector of x may be shorter, and what is behind it another's.
+                if vector * WIDTH < T.min(first + length_in, g.inputs // WIDTH * WIDTH):
                     T.ptx["cp.async.cg.shared.global"](
-                        inputs.ptr_to([(run * b.vectors_in + at) * WIDTH]),
-                        x_flat.ptr_to([vector * WIDTH]), 16,
-                        # The last vector of x may be shorter.
-                        T.Cast("uint32", T.min(
-                            WIDE, (g.inputs - vector * WIDTH) * problem.itemsize)))
+                        inputs.ptr_to([into]), x_flat.ptr_to([vector * WIDTH]), 16)
+                elif vector * WIDTH < first + length_in:
+                    for e in T.unroll(g.inputs % WIDTH):
+                        inputs[into + e] = x_flat[vector * WIDTH + e]
         T.ptx["cp.async.commit_group"]()
         T.ptx["cp.async.wait_group"](0)
         # All inputs are there, those that others have copied too.
