@@ -1,6 +1,7 @@
 """Convolutions as PyTorch's operator, as modules and in models, against PyTorch's own."""
 
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import im2win_tvm.torch as ours  # noqa: E402
 from im2win_tvm import AccuracyError, kernel_cache, reference  # noqa: E402
 from im2win_tvm.kernel_cache import KernelCache  # noqa: E402
 from im2win_tvm.problem import ConvProblem  # noqa: E402
-from im2win_tvm.torch import operator  # noqa: E402
+from im2win_tvm.torch import operator, weights  # noqa: E402
 
 nn, F = torch.nn, torch.nn.functional
 # x, w, bias, stride, padding, dilation, groups
@@ -204,6 +205,42 @@ def test_constant_weights_are_prepared_again_when_pytorch_counts_a_change():
     del w
     ours.conv2d(x, other, b, *rest, constant_weight=True)
     assert key not in operator._PREPARED._held
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["plain", "autocast"])
+def test_what_graphs_read_stays_as_long_as_the_weights(cast, monkeypatch):
+    """As seen without a device: a graph reads the memory that it was captured with."""
+    x, w, b, *rest = operands(CASES["all"])
+    prepare, made = operator.Kernel.prepare, []
+
+    def noted(kernel, weight):
+        prepared = prepare(kernel, weight)
+        made.append((weakref.ref(prepared.packed), prepared.packed.clone()))
+        return prepared
+
+    def call(weight, capturing=False):
+        with monkeypatch.context() as patch, torch.autocast("cpu", torch.float16, enabled=cast):
+            patch.setattr(weights, "_capturing", lambda _: capturing)
+            y = ours.conv2d(x, weight, b, *rest, constant_weight=True)
+        assert_same(y, F.conv2d(x, weight, b, *rest).to(y.dtype))
+
+    monkeypatch.setattr(operator.Kernel, "prepare", noted)
+    call(w)
+    call(w, capturing=True)
+    w += 1
+    call(w, capturing=True)  # the graph prepares these itself, at every replay
+    assert len(made) == 2 and made[1][0]() is None
+    call(w)
+    w += 1
+    call(w)
+    assert len(made) == 4
+    captured, replaced = made[0], made[2]
+    assert torch.equal(captured[0](), captured[1])
+    assert replaced[0]() is None, "nothing else is kept"
+    del w
+    for _ in range(1 + cast):  # those of a cast go after the cast
+        call(torch.ones(6, 4, 3, 3))
+    assert captured[0]() is None
 
 
 def test_what_no_kernel_takes_is_pytorchs_and_told_once():

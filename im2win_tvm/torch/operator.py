@@ -67,7 +67,9 @@ def conv2d(
     of one dtype: float32, float16 or bfloat16. accuracy: as in `im2win_tvm.compile`, which raises
     AccuracyError for one that the dtype does not have.
     constant_weight: the weight is brought into the kernel's order once, and again when PyTorch has
-    counted a change of it; changes by way of ``weight.data`` are not counted and not seen.
+    counted a change of it; changes by way of ``weight.data`` are not counted and not seen. A CUDA
+    graph may go on with the weight as it was at its capture: capture it again after a change. What
+    it reads is kept for as long as the weight, which must outlive the graph.
     """
     if not type(stride) is type(padding) is type(dilation) is tuple:
         stride, padding, dilation = (
