@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from torch import library  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
 
 import im2win_tvm.torch as ours  # noqa: E402
 from im2win_tvm import AccuracyError, kernel_cache, reference  # noqa: E402
@@ -142,19 +143,27 @@ def test_numbers_that_are_none(options, message):
     assert not operator._kernels
 
 
-def test_derivatives_in_forward_mode_are_refused():
-    x, w = torch.randn(1, 4, 8, 8), torch.randn(4, 4, 3, 3)
-    with torch.autograd.forward_ad.dual_level():
-        assert ours.conv2d(x, w).shape == (1, 4, 6, 6)
-        for name, arguments in (
-            ("input", (torch.autograd.forward_ad.make_dual(x, x), w)),
-            ("weight", (x, torch.autograd.forward_ad.make_dual(w, w))),
-        ):
-            for call in (ours.conv2d, torch.ops.im2win.conv2d):
-                with pytest.raises(RuntimeError, match=f"{name} has a tangent: .*functional"):
-                    call(*arguments)
-    with pytest.raises(RuntimeError, match=r"input has a tangent: .*functional"):
-        torch.func.jvp(lambda each: ours.conv2d(each, w), (x,), (x,))
+@pytest.mark.parametrize("call", [ours.conv2d, torch.ops.im2win.conv2d], ids=["function", "op"])
+def test_derivatives_in_forward_mode_are_pytorchs(call):
+    *tensors, stride, padding, dilation, groups = operands(CASES["all"])
+    tangents = [t.flip(-1) for t in tensors]
+    rest = stride, padding, dilation, groups
+
+    def both(make):
+        for actual, expected in zip(make(call), make(F.conv2d), strict=True):
+            assert_same(actual, expected)
+
+    both(lambda f: torch.func.jvp(lambda *t: f(*t, *rest), tuple(tensors), tuple(tangents)))
+    both(lambda f: torch.func.jacfwd(lambda b: f(*tensors[:2], b, *rest))(tensors[2]))
+    for given in range(3):
+        with forward_ad.dual_level():
+            duals = [*tensors]
+            duals[given] = forward_ad.make_dual(tensors[given], tangents[given])
+            both(lambda f: forward_ad.unpack_dual(f(*duals, *rest)))  # noqa: B023
+            both(lambda f: [f(*tensors, *rest)])
+    last = tensors[0].to(memory_format=torch.channels_last)
+    y, _ = torch.func.jvp(lambda x: call(x, *tensors[1:], *rest), (last,), (last,))
+    assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_autocast_and_vmap():
