@@ -2,7 +2,7 @@
 
 python models_table.py FOLDER      with MODEL-DTYPE-BATCH.json
 
-Where there is MODEL-DTYPE-BATCH-alone.json, our peak memory is that one's.
+Where there is MODEL-DTYPE-BATCH-alone.json with our peak memory, it is that one's.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main():
         entries = implementations(path)
         alone = path.with_stem(f"{path.stem}-alone")
         if alone.exists():
-            entries["im2win"]["peak_bytes"] = implementations(alone)["im2win"]["peak_bytes"]
+            take_peak(entries, implementations(alone))
         name = path.stem.rsplit("-", 2)
         rows.append([*name, *cells(entries, ratios)])
         peaks.append([*name, *peaks_of(entries)])
@@ -58,6 +58,13 @@ def implementations(path):
     return {entry["name"]: entry for entry in record["model"]["implementations"]}
 
 
+def take_peak(entries, alone):
+    """Ours, where it was measured: what failed has none."""
+    peak = alone.get("im2win", {}).get("peak_bytes")
+    if peak is not None:
+        entries.setdefault("im2win", {})["peak_bytes"] = peak
+
+
 def place(path):
     name, dtype, batch = path.stem.rsplit("-", 2)
     return dtype, ORDER.index(name), int(batch)
@@ -83,7 +90,7 @@ def cells(entries, ratios):
         return f"{min(found):.0f}" if found else "-"
 
     def ratio(group):
-        if group not in best:
+        if group not in best or "im2win" not in best:
             return "-"
         ratios[group].append(best[group] / best["im2win"])
         return f"{ratios[group][-1]:.2f}x"

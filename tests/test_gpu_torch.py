@@ -52,6 +52,49 @@ def test_values_on_streams_and_in_graphs(ours, memory_format):
     assert torch().equal(y, wanted)
 
 
+@pytest.mark.parametrize("cast", [False, True], ids=["plain", "autocast"])
+def test_graphs_keep_the_weights_that_they_were_captured_with(ours, cast):
+    x, w, b = operands(torch().channels_last, "float32" if cast else "float16")
+
+    def call():
+        with torch().autocast("cuda", torch().float16, enabled=cast):
+            return ours.conv2d(x, w, b, padding=1, constant_weight=True)
+
+    def expected():
+        operands = x.double(), w.double(), b.double()
+        return torch().nn.functional.conv2d(*operands, padding=1).half()
+
+    call()
+    graph = torch().cuda.CUDAGraph()
+    with torch().cuda.graph(graph):
+        y = call()
+    before = expected()
+    w.add_(1)
+    assert torch().equal(call(), expected())
+    # Whatever the call gave back is somebody else's now.
+    others = [
+        torch().full((bytes_,), 255, dtype=torch().uint8, device=DEVICE)
+        for bytes_ in (w.nbytes // 2, w.nbytes, 2 * w.nbytes)
+        for _ in range(20)
+    ]
+    graph.replay()
+    assert torch().equal(y, before)
+    again = torch().cuda.CUDAGraph()
+    with torch().cuda.graph(again):
+        y = call()
+    again.replay()
+    assert torch().equal(y, expected())
+    # Captured after a change and before a call, a graph prepares the weights itself.
+    w.sub_(2)
+    follows = torch().cuda.CUDAGraph()
+    with torch().cuda.graph(follows):
+        y = call()
+    w.add_(3)
+    follows.replay()
+    assert torch().equal(y, expected())
+    del others
+
+
 def test_convert_keeps_the_outputs(ours):
     nn = torch().nn
     model = nn.Sequential(

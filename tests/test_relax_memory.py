@@ -53,21 +53,28 @@ def size(module):
 
 def in_place(module):
     """For each convolution with a residual, whether its output lies there."""
-    storages, found = {}, []
+    places, found = {}, []
     for block in module["main"].body.blocks:
         for binding in block.bindings:
             value = binding.value
             if isinstance(value, relax.Var):
-                storages[binding.var] = storages.get(value)
+                places[binding.var] = places.get(value)
                 continue
             operator = getattr(value, "op", None)
-            if getattr(operator, "name", "") == "relax.memory.alloc_tensor":
-                storages[binding.var] = value.args[0]
+            name = getattr(operator, "name", "")
+            if name == "relax.memory.alloc_tensor":
+                places[binding.var] = value.args[0], int(value.args[1])
+            elif name == "relax.memory.ensure_zero_offset":
+                places[binding.var] = places[value.args[0]]
             elif isinstance(operator, tvm.ir.GlobalVar):
-                places = (module[operator].attrs or {}).get(IN_PLACE)
-                if places is not None:
-                    residual, output = (storages.get(value.args[int(n)]) for n in places)
-                    found.append(residual is not None and residual.same_as(output))
+                both = (module[operator].attrs or {}).get(IN_PLACE)
+                if both is not None:
+                    residual, output = (places.get(value.args[int(n)]) for n in both)
+                    found.append(
+                        residual is not None
+                        and residual[0].same_as(output[0])
+                        and residual[1] == output[1]
+                    )
     return found
 
 
@@ -84,7 +91,15 @@ def test_a_residual_network_takes_less():
     # What comes into a block and out of it lies in one place, with two smaller tensors beside it.
     pixels = 20 * 20
     assert size(after) == 4 * pixels * (32 + 8 + 8) < size(before)
+    assert "ensure_zero_offset" in after["main"].script()
     np.testing.assert_allclose(run(after, x), model(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_concatenations_take_what_lives_at_once():
+    model, x = models.folded(models.model("unet", 16)), torch.randn(1, 3, 32, 32)
+    before, after = planned(model, x)
+    # The last of them and what it is made of; what was kept on its way lies where it will.
+    assert size(after) == 4 * 32 * 32 * (4 + 4 + 8) < size(before)
 
 
 class Shared(nn.Module):
@@ -137,11 +152,45 @@ def test_a_tuple_keeps_only_what_is_taken_from_it(halves):
 
 
 def test_no_plan_takes_more_than_tvms(halves, monkeypatch):
-    def apart(tensors):
-        return {v: (n, t.size) for n, t in enumerate(tensors) for v in t.variables}
-
-    monkeypatch.setattr(memory, "_assigned", apart)
+    tvms = size(halves)
+    monkeypatch.setattr(memory, "_places", lambda tensors: ({}, tvms))
     assert tvm_ffi.structural_equal(PlanMemory()(halves), halves)
+
+
+def test_tensors_that_live_at_once_lie_apart():
+    random = np.random.default_rng(3)
+    for _ in range(50):
+        starts, sizes = random.integers(0, 20, 12), random.integers(1, 3000, 12)
+        ends = starts + random.integers(0, 9, 12)
+        tensors = [
+            memory._Tensor(int(size), int(first), int(last), [number])
+            for number, (size, first, last) in enumerate(zip(sizes, starts, ends, strict=True))
+        ]
+        places, total = memory._places(tensors)
+        assert all(place % 256 == 0 for place in places.values())
+        for now in range(30):
+            alive = sorted((places[t.variables[0]], t.size) for t in tensors if t.meets(at(now)))
+            ends = [begin + size for begin, size in alive]
+            assert all(end <= begin for end, (begin, _) in zip(ends, alive[1:], strict=False))
+            assert max(ends, default=0) <= total
+
+
+def at(moment):
+    return memory._Tensor(0, moment, moment)
+
+
+def test_small_tensors_lie_where_a_large_one_will():
+    """Those of a network that concatenates what it has kept: no two can have one storage."""
+    large, small = 4096, 1024
+    tensors = [
+        memory._Tensor(small, 0, 1, ["first"]),
+        memory._Tensor(small, 0, 1, ["second"]),
+        memory._Tensor(large, 2, 3, ["large"]),
+        memory._Tensor(small, 0, 3, ["kept"]),
+    ]
+    places, total = memory._places(tensors)
+    assert total == large + small and places["kept"] == large
+    assert sorted((places["first"], places["second"])) == [0, small]
 
 
 def test_the_rest_of_the_module_is_kept(halves):

@@ -1,6 +1,7 @@
 """Convolutions as PyTorch's operator, as modules and in models, against PyTorch's own."""
 
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -8,12 +9,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from torch import library  # noqa: E402
+from torch.autograd import forward_ad  # noqa: E402
 
 import im2win_tvm.torch as ours  # noqa: E402
 from im2win_tvm import AccuracyError, kernel_cache, reference  # noqa: E402
 from im2win_tvm.kernel_cache import KernelCache  # noqa: E402
 from im2win_tvm.problem import ConvProblem  # noqa: E402
-from im2win_tvm.torch import operator  # noqa: E402
+from im2win_tvm.torch import operator, weights  # noqa: E402
 
 nn, F = torch.nn, torch.nn.functional
 # x, w, bias, stride, padding, dilation, groups
@@ -141,19 +143,27 @@ def test_numbers_that_are_none(options, message):
     assert not operator._kernels
 
 
-def test_derivatives_in_forward_mode_are_refused():
-    x, w = torch.randn(1, 4, 8, 8), torch.randn(4, 4, 3, 3)
-    with torch.autograd.forward_ad.dual_level():
-        assert ours.conv2d(x, w).shape == (1, 4, 6, 6)
-        for name, arguments in (
-            ("input", (torch.autograd.forward_ad.make_dual(x, x), w)),
-            ("weight", (x, torch.autograd.forward_ad.make_dual(w, w))),
-        ):
-            for call in (ours.conv2d, torch.ops.im2win.conv2d):
-                with pytest.raises(RuntimeError, match=f"{name} has a tangent: .*functional"):
-                    call(*arguments)
-    with pytest.raises(RuntimeError, match=r"input has a tangent: .*functional"):
-        torch.func.jvp(lambda each: ours.conv2d(each, w), (x,), (x,))
+@pytest.mark.parametrize("call", [ours.conv2d, torch.ops.im2win.conv2d], ids=["function", "op"])
+def test_derivatives_in_forward_mode_are_pytorchs(call):
+    *tensors, stride, padding, dilation, groups = operands(CASES["all"])
+    tangents = [t.flip(-1) for t in tensors]
+    rest = stride, padding, dilation, groups
+
+    def both(make):
+        for actual, expected in zip(make(call), make(F.conv2d), strict=True):
+            assert_same(actual, expected)
+
+    both(lambda f: torch.func.jvp(lambda *t: f(*t, *rest), tuple(tensors), tuple(tangents)))
+    both(lambda f: torch.func.jacfwd(lambda b: f(*tensors[:2], b, *rest))(tensors[2]))
+    for given in range(3):
+        with forward_ad.dual_level():
+            duals = [*tensors]
+            duals[given] = forward_ad.make_dual(tensors[given], tangents[given])
+            both(lambda f: forward_ad.unpack_dual(f(*duals, *rest)))  # noqa: B023
+            both(lambda f: [f(*tensors, *rest)])
+    last = tensors[0].to(memory_format=torch.channels_last)
+    y, _ = torch.func.jvp(lambda x: call(x, *tensors[1:], *rest), (last,), (last,))
+    assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_autocast_and_vmap():
@@ -204,6 +214,42 @@ def test_constant_weights_are_prepared_again_when_pytorch_counts_a_change():
     del w
     ours.conv2d(x, other, b, *rest, constant_weight=True)
     assert key not in operator._PREPARED._held
+
+
+@pytest.mark.parametrize("cast", [False, True], ids=["plain", "autocast"])
+def test_what_graphs_read_stays_as_long_as_the_weights(cast, monkeypatch):
+    """As seen without a device: a graph reads the memory that it was captured with."""
+    x, w, b, *rest = operands(CASES["all"])
+    prepare, made = operator.Kernel.prepare, []
+
+    def noted(kernel, weight):
+        prepared = prepare(kernel, weight)
+        made.append((weakref.ref(prepared.packed), prepared.packed.clone()))
+        return prepared
+
+    def call(weight, capturing=False):
+        with monkeypatch.context() as patch, torch.autocast("cpu", torch.float16, enabled=cast):
+            patch.setattr(weights, "_capturing", lambda _: capturing)
+            y = ours.conv2d(x, weight, b, *rest, constant_weight=True)
+        assert_same(y, F.conv2d(x, weight, b, *rest).to(y.dtype))
+
+    monkeypatch.setattr(operator.Kernel, "prepare", noted)
+    call(w)
+    call(w, capturing=True)
+    w += 1
+    call(w, capturing=True)  # the graph prepares these itself, at every replay
+    assert len(made) == 2 and made[1][0]() is None
+    call(w)
+    w += 1
+    call(w)
+    assert len(made) == 4
+    captured, replaced = made[0], made[2]
+    assert torch.equal(captured[0](), captured[1])
+    assert replaced[0]() is None, "nothing else is kept"
+    del w
+    for _ in range(1 + cast):  # those of a cast go after the cast
+        call(torch.ones(6, 4, 3, 3))
+    assert captured[0]() is None
 
 
 def test_what_no_kernel_takes_is_pytorchs_and_told_once():

@@ -1,16 +1,16 @@
 """Memory of a module's intermediate tensors: in fewer bytes than TVM plans, sums in place.
 
 TVM goes through a function in order and gives a tensor any storage that is free and large enough,
-where the next large one would have needed it. Here the largest tensors choose first (Pisarchyk and
-Lee, Efficient Memory Management for Deep Neural Net Inference, 2020, section 4.3: greedy by size
-for shared objects). And what a convolution adds its sums to becomes its output, where nobody reads
-it afterwards: our kernels read each element of a residual before they write it.
+for as long as it lives. Here all lie in one storage, where the largest choose first and small ones
+fill the gaps between large ones (Pisarchyk and Lee, Efficient Memory Management for Deep Neural Net
+Inference, 2020, section 5.2: greedy by size for offset calculation). And what a convolution adds
+its sums to becomes its output, where nobody reads it afterwards: our kernels read each element of a
+residual before they write it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import tvm
@@ -20,6 +20,8 @@ __all__ = ["IN_PLACE", "PlanMemory"]
 
 #: Attribute of a function: the places of a residual and of the output that may be in its memory.
 IN_PLACE = "im2win.in_place"
+# What CUDA's own allocations begin at multiples of, and kernels count on no more.
+_ALIGNMENT = 256
 _STORAGE, _TENSOR = "relax.memory.alloc_storage", "relax.memory.alloc_tensor"
 
 
@@ -42,7 +44,7 @@ class _NotPlain(Exception):
 
 @tvm.transform.module_pass(opt_level=0, name="PlanMemory")
 class PlanMemory:
-    """Storages for the tensors that `relax.transform.StaticPlanBlockMemory` gave storages to.
+    """One storage for the tensors that `relax.transform.StaticPlanBlockMemory` gave storages to.
 
     Functions with branches, symbolic shapes or views into storages stay as they are.
     """
@@ -68,11 +70,11 @@ def _planned(function: relax.Function, module: tvm.IRModule) -> relax.Function:
     tensors, storages = _lives(bindings, function.body.body, module)
     if not tensors:
         return function
-    assigned = _assigned(tensors)
-    # Greedy plans are no optimum, ours or TVM's: the smaller one.
-    if sum(dict(assigned.values()).values()) > sum(storages.values()):
+    places, size = _places(tensors)
+    # Greedy plans are no optimum, ours or TVM's; and where TVM's is as good, calls cost less.
+    if size >= sum(storages.values()):
         return function
-    return _with_storages(function, bindings, assigned, storages)
+    return _in_one_storage(function, bindings, places, size)
 
 
 def _lives(bindings, result, module) -> tuple[list[_Tensor], dict[relax.Var, int]]:
@@ -113,8 +115,8 @@ def _lives(bindings, result, module) -> tuple[list[_Tensor], dict[relax.Var, int
             calls.append((number, value, callee))
         else:  # a view, a tuple or an unknown function's result may lie in what it was made of
             within[variable] = read
-    for tensor in _tensors_of(result, within, storages):
-        last[tensor] = len(bindings)
+    # TVM gives results no storage: the next call would write over them.
+    _check(not _tensors_of(result, within, storages))
     for variable, tensor in tensors.items():
         tensor.last = last.get(variable, tensor.last)
     for number, call, callee in calls:
@@ -147,67 +149,47 @@ def _share(number, call, callee, within, tensors) -> None:
         tensors[variable] = before
 
 
-def _assigned(tensors: list[_Tensor]) -> dict[relax.Var, tuple[int, int]]:
-    """For each tensor the number of its storage, and the storage's size."""
-    plans = [
-        _plan(sorted(tensors, key=order), choice)
-        for order in (
-            lambda t: (-t.size, t.first), lambda t: (-t.size, -t.first), lambda t: t.first,
-        )
-        for choice in (
-            lambda size, gap: (size, gap), lambda size, gap: (gap, size),
-        )
-    ]  # fmt: skip
-    return {
-        variable: (number, max(t.size for t in storage))
-        for number, storage in enumerate(min(plans, key=_total))
-        for tensor in storage
-        for variable in tensor.variables
-    }
+def _places(tensors: list[_Tensor]) -> tuple[dict[relax.Var, int], int]:
+    """The byte at which each tensor begins in one storage, and the bytes of that.
 
-
-def _total(plan: list[list[_Tensor]]) -> int:
-    return sum(max(t.size for t in storage) for storage in plan)
-
-
-def _plan(tensors: list[_Tensor], choice: Callable[[int, int], tuple]) -> list[list[_Tensor]]:
-    """Storages as the tensors in them: each takes what is free for as long as it lives.
-
-    choice: of what a storage would grow by, or is too large by, and how long it is idle before or
-    after the tensor; the least is taken.
+    Each takes the first gap between those that live with it.
     """
-    storages: list[list[_Tensor]] = []
-    for tensor in tensors:
-        found = []
-        for storage in storages:
-            if not any(tensor.meets(other) for other in storage):
-                gap = min(
-                    max(tensor.first - other.last, other.first - tensor.last) for other in storage
-                )
-                size = max(t.size for t in storage)
-                found.append((choice(size, gap), storage))
-        if found:
-            min(found, key=lambda each: each[0])[1].append(tensor)
-        else:
-            storages.append([tensor])
-    return storages
+    placed: list[tuple[int, _Tensor]] = []
+    for tensor in sorted(tensors, key=lambda t: (-t.size, t.first)):
+        place = 0
+        for begin, other in placed:
+            if not tensor.meets(other):
+                continue
+            if begin - place >= tensor.size:
+                break
+            end = begin + other.size
+            place = max(place, end + -end % _ALIGNMENT)
+        placed.append((place, tensor))
+        placed.sort(key=lambda each: each[0])
+    places = {variable: begin for begin, tensor in placed for variable in tensor.variables}
+    return places, max(begin + tensor.size for begin, tensor in placed)
 
 
-def _with_storages(function, bindings, assigned, old) -> relax.Function:
-    made, storages = [], {}
-    example = next(b for b in bindings if b.var in old)
+def _in_one_storage(function, bindings, places, size) -> relax.Function:
+    made = []
+    storage = None
     for binding in bindings:
         variable, value = binding.var, binding.value
-        if variable in old:
+        name = _operator(value)
+        if name == _STORAGE:
+            if storage is None:
+                storage = relax.Var("storage", variable.ty)
+                made.append(relax.VarBinding(storage, _allocated(value, size)))
             continue
-        if variable in assigned:
-            number, size = assigned[variable]
-            if number not in storages:
-                storages[number] = relax.Var(f"storage{number}", example.var.ty)
-                call = _allocated(example.value, size)
-                made.append(relax.VarBinding(storages[number], call))
-            value = relax.op.memory.alloc_tensor(storages[number], *value.args[1:])
-            value = _typed(value, binding.value)
+        if name == _TENSOR:
+            place = tvm.tirx.IntImm("int64", places[variable])
+            tensor = relax.op.memory.alloc_tensor(storage, place, *value.args[2:])
+            value = _typed(tensor, value)
+            if places[variable]:
+                # Kernels take tensors that begin where their memory does: another pointer.
+                whole = relax.Var("placed", variable.ty)
+                made.append(relax.VarBinding(whole, value))
+                value = _typed(relax.op.memory.ensure_zero_offset(whole), value)
         made.append(relax.VarBinding(variable, value))
     body = relax.SeqExpr([relax.BindingBlock(made)], function.body.body)
     body = _typed(body, function.body)

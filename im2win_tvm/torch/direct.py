@@ -7,6 +7,7 @@ there are: half of what a convolution costs the host, mostly to find that there 
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 __all__ = ["nothing_between"]
 
@@ -40,13 +41,15 @@ _TYPES = frozenset({torch.Tensor, torch.nn.Parameter})
 def nothing_between(*tensors: torch.Tensor | None) -> bool:
     """Whether the dispatcher would do nothing but call the operator's function for these tensors.
 
-    Not so where gradients are wanted, under autocast, `torch.compile`, transformations, modes and
-    the profiler, and for tensors of other kinds than PyTorch's own. False for a PyTorch that does
-    not tell.
+    Not so where gradients are wanted, in forward mode, under autocast, `torch.compile`,
+    transformations, modes and the profiler, and for tensors of other kinds than PyTorch's own.
+    False for a PyTorch that does not tell.
     """
     if torch.compiler.is_compiling() or not _THREAD:
         return False
     if _included().raw_repr() not in _THREAD or _functions() or _profiled():
+        return False
+    if forward_ad._current_level >= 0:  # of nested `dual_level`s, from 0
         return False
     graded = torch.is_grad_enabled()
     for tensor in tensors:

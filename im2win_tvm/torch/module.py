@@ -43,7 +43,8 @@ class Conv2d(nn.Conv2d):
         """Weights stay as they are: they are brought into the kernel's order once.
 
         They need no gradient from now on. Changes by operators of PyTorch, `load_state_dict` among
-        them, are seen; changes by way of ``weight.data`` are not.
+        them, are seen; changes by way of ``weight.data`` are not. A CUDA graph may go on
+        with the weights as they were at its capture: capture it again after a change.
         """
         self.requires_grad_(False)
         self.frozen = True

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import library
+from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
 from ..accuracy import TF32, AccuracyError
@@ -65,9 +66,12 @@ def conv2d(
     input: ``[N, Ci, H, W]``, contiguous or in channels_last format, which the output ``[N, Co, Ho,
     Wo]`` has too; any other is copied. weight: ``[Co, Ci / groups, Kh, Kw]``; bias: ``[Co]``; all
     of one dtype: float32, float16 or bfloat16. accuracy: as in `im2win_tvm.compile`, which raises
-    AccuracyError for one that the dtype does not have.
+    AccuracyError for one that the dtype does not have. Derivatives are PyTorch's; in forward mode
+    (`torch.func.jvp`) the output is, too.
     constant_weight: the weight is brought into the kernel's order once, and again when PyTorch has
-    counted a change of it; changes by way of ``weight.data`` are not counted and not seen.
+    counted a change of it; changes by way of ``weight.data`` are not counted and not seen. A CUDA
+    graph may go on with the weight as it was at its capture: capture it again after a change. What
+    it reads is kept for as long as the weight, which must outlive the graph.
     """
     if not type(stride) is type(padding) is type(dilation) is tuple:
         stride, padding, dilation = (
@@ -78,9 +82,6 @@ def conv2d(
         return _computed(
             input, weight, bias, stride, padding, dilation, groups, accuracy, constant_weight
         )
-    if forward_ad._current_level >= 0:
-        # Those of torch.func.jvp are gone where the operator's function is called.
-        _refuse_tangents(input, weight, bias)
     return torch.ops.im2win.conv2d(
         input, weight, bias, stride, padding, dilation, groups, accuracy, constant_weight
     )
@@ -203,22 +204,19 @@ def _rows_last(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-def _refuse_tangents(*tensors) -> None:
-    """Without this a derivative would be zero, and nobody told."""
-    for name, tensor in zip(("input", "weight", "bias"), tensors, strict=True):
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(
-                f"{name} has a tangent: im2win::conv2d has no derivative in forward mode; call "
-                "torch.nn.functional.conv2d"
-            )
+def _pytorchs(x, w, b, stride, padding, dilation, groups, accuracy) -> torch.Tensor:
+    """The same by PyTorch."""
+    with _classes(accuracy):
+        y = torch.ops.aten.convolution(x, w, b, stride, padding, dilation, False, (0, 0), groups)
+    return y.contiguous(
+        memory_format=torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+    )
 
 
 def _computed(
     input, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1,
     accuracy=None, constant_weight=False,
 ):  # fmt: skip
-    if forward_ad._current_level >= 0:  # of nested `dual_level`s, from 0
-        _refuse_tangents(input, weight, bias)
     x, w, b = (
         t.detach() if t is not None and t.requires_grad else t for t in (input, weight, bias)
     )
@@ -231,13 +229,7 @@ def _computed(
     others = (w,) if b is None else (w, b)
     if isinstance(kernel, str) or any(t.dtype != x.dtype or t.device != x.device for t in others):
         _check(x, w, b, groups)
-        with _classes(accuracy):
-            y = torch.ops.aten.convolution(
-                x, w, b, stride, padding, dilation, False, (0, 0), groups
-            )
-        return y.contiguous(
-            memory_format=torch.channels_last if channels_last else torch.contiguous_format
-        )
+        return _pytorchs(x, w, b, stride, padding, dilation, groups, accuracy)
     if x.data_ptr() % _ALIGNMENT:
         x = x.clone()
     y = torch.empty(
@@ -344,8 +336,27 @@ def _backward(ctx, gradient):
     return (*gradients, *[None] * 6)
 
 
-library.register_autograd(NAME, _backward, setup_context=_keep)
+# What `library.register_autograd` registers. It drops tangents without a word where no gradient is
+# wanted, and the operator's function no longer sees those of torch.func.jvp.
+_graded = make_autograd_impl(torch.ops.im2win.conv2d.default, Info(_backward, _keep))
 
+
+def _derived(
+    keys, input, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1,
+    accuracy=None, *rest,
+):  # fmt: skip
+    """In forward mode by PyTorch's own convolution and its derivative."""
+    if forward_ad._current_level >= 0 and any(  # of nested `dual_level`s, from 0
+        t is not None and forward_ad.unpack_dual(t).tangent is not None
+        for t in (input, weight, bias)
+    ):
+        _check(input, weight, bias, groups)
+        return _pytorchs(input, weight, bias, stride, padding, dilation, groups, accuracy)
+    return _graded(keys, input, weight, bias, stride, padding, dilation, groups, accuracy, *rest)
+
+
+_LIBRARY = library.Library("im2win", "FRAGMENT")
+_LIBRARY.impl("conv2d", _derived, "Autograd", with_keyset=True)
 
 _CAST = Cast()
 _CONSTANT_WEIGHT = 5  # its place among the arguments after the tensors
@@ -367,7 +378,6 @@ def _autocast(device: str):
     return cast
 
 
-_LIBRARY = library.Library("im2win", "FRAGMENT")
 for _device in ("cpu", "cuda"):
     _LIBRARY.impl("conv2d", _autocast(_device), f"Autocast{_device.upper()}")
 

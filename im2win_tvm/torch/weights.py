@@ -13,6 +13,29 @@ from ..kernel import Kernel, PreparedWeights
 __all__ = ["Cast", "Prepared"]
 
 
+def _capturing(tensor: torch.Tensor) -> bool:
+    """Whether what is launched for a tensor now goes into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+class _Captured:
+    """What CUDA graphs read that were captured: kept for as long as the weights that it is made of.
+
+    A graph knows addresses alone. After a change of the weights another tensor takes the place of
+    the one that it reads, whose memory would go to whoever asks next; and graphs do not tell when
+    they end.
+    """
+
+    def __init__(self):
+        self._kept: dict[int, tuple[StorageWeakRef, torch.Tensor]] = {}
+
+    def keep(self, storage: StorageWeakRef, tensor: torch.Tensor) -> None:
+        self._kept[id(tensor)] = storage, tensor
+
+    def drop_expired(self) -> None:
+        self._kept = {k: v for k, v in self._kept.items() if not v[0].expired()}
+
+
 class _Held(NamedTuple):
     """Prepared weights; version: PyTorch's count of changes; stream, event: of their making."""
 
@@ -28,6 +51,7 @@ class Prepared:
 
     def __init__(self):
         self._held: dict[tuple, _Held] = {}
+        self._captured = _Captured()
         self._guard = threading.Lock()
 
     def get(self, kernel: Kernel, weight: torch.Tensor) -> PreparedWeights | torch.Tensor:
@@ -41,21 +65,23 @@ class Prepared:
         )  # fmt: skip
         held = self._held.get(key)
         stale = held is None or held.storage.expired() or held.version != version
-        stream = torch.cuda.current_stream() if weight.is_cuda else None
-        if not stale and (stream is None or stream.cuda_stream == held.stream):
-            return held.weights
-        capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
-        if stale:
-            if capturing:  # nothing is computed now: others would read what is not there yet
+        if _capturing(weight):
+            if stale:  # nothing is computed now: others would read what is not there yet
                 return weight.contiguous()
+            with self._guard:
+                self._captured.keep(held.storage, held.weights.packed)
+            return held.weights
+        stream = torch.cuda.current_stream() if weight.is_cuda else None
+        if stale:
             made = kernel.prepare(weight.contiguous())
             on = (None, None) if stream is None else (stream.cuda_stream, stream.record_event())
             held = _Held(StorageWeakRef(storage), version, made, *on)
             with self._guard:
                 # Those of weights that are gone go, too.
                 self._held = {k: v for k, v in self._held.items() if not v.storage.expired()}
+                self._captured.drop_expired()
                 self._held[key] = held
-        elif not capturing:
+        elif stream is not None and stream.cuda_stream != held.stream:
             # They were made on another stream, and may be dropped while this one reads them.
             stream.wait_event(held.event)
             held.weights.packed.record_stream(stream)
@@ -70,10 +96,10 @@ class Cast:
 
     def __init__(self):
         self._held: dict[tuple, tuple[StorageWeakRef, int, torch.Tensor]] = {}
+        self._captured = _Captured()
         self._guard = threading.Lock()
 
     def get(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
         # Gradients go through a cast of their own; an inference tensor has no count of changes.
         if weight.dtype == torch.float64:
             return weight
@@ -85,16 +111,22 @@ class Cast:
             dtype,
         )  # fmt: skip
         held = self._held.get(key)
-        if held is None or held[0].expired() or held[1] != version:
+        stale = held is None or held[0].expired() or held[1] != version
+        if _capturing(weight):
+            if stale:  # nothing is computed now: others would read what is not there yet
+                return weight.to(dtype)
+            with self._guard:
+                self._captured.keep(held[0], held[2])
+            return held[2]
+        if stale:
             made = weight.to(dtype)
-            if capturing:  # nothing is computed now: others would read what is not there yet
-                return made
             if made.is_cuda:  # other streams may read it next
                 torch.cuda.current_stream().synchronize()
             held = StorageWeakRef(storage), version, made
             with self._guard:
                 self._held = {k: v for k, v in self._held.items() if not v[0].expired()}
+                self._captured.drop_expired()
                 self._held[key] = held
-        elif held[2].is_cuda and not capturing:
+        elif held[2].is_cuda:
             held[2].record_stream(torch.cuda.current_stream())
         return held[2]
