@@ -93,6 +93,22 @@ def test_the_fastest_record_is_taken(place):
     assert f"record {path}:2, 10.00 us on " in str(choice.origin)
 
 
+def test_less_than_a_percent_is_no_reason_to_leave_the_heuristic(place):
+    write(place, make(20.0), make(19.9, changed=OTHER))
+    assert select(PROBLEM, CPU).config == HEURISTIC
+    write(place, make(19.7, changed={"unroll": 3}))
+    assert select(PROBLEM, CPU).config == replace(HEURISTIC, unroll=3)
+
+
+def test_times_of_another_day_do_not_count_against_the_heuristic(place):
+    """The first two were measured together, faster than all of a later day."""
+    write(place, make(10.0), make(10.1, changed=OTHER), make(11.0))
+    choice = select(PROBLEM, CPU)
+    assert (choice.config, choice.origin.time_us) == (HEURISTIC, 11.0)
+    write(place, make(10.6, changed={"unroll": 3}))
+    assert select(PROBLEM, CPU).config == replace(HEURISTIC, unroll=3)
+
+
 def test_what_ships_is_named_without_the_way_to_it(tmp_path):
     write(tmp_path / "tuning_logs", make(changed=OTHER))
     choice = select(PROBLEM, CPU)

@@ -45,6 +45,8 @@ __all__ = [
 VARIABLE = "IM2WIN_TUNING_LOGS"
 #: The records that ship with the package.
 SHIPPED = Path(__file__).parent.parent / "tuning_logs"
+# What a configuration has to gain over the heuristic's: medians of one run repeat to half of it.
+_GAIN = 0.01
 
 
 class Match(NamedTuple):
@@ -141,6 +143,7 @@ def _usable(
 ) -> dict[str, Match]:
     """The best record of each schedule in one place; misses are added to `missed`."""
     newest: dict[tuple[str, str], Match] = {}
+    usual: list[tuple[tuple[str, str], Match]] = []  # of heuristics' configurations
     wrong = set()
     wanted = key_of(problem)
     for path, (number, record) in lines(place, device):
@@ -164,18 +167,45 @@ def _usable(
                 elif not record.passed:
                     wrong.add(key)
                     reason = "its output was wrong"
-                # A later time replaces an earlier one of the same kind, faster or not.
-                elif key not in newest or newest[key].rank[0] >= match.rank[0]:
-                    newest[key] = match
+                else:
+                    # A later time replaces an earlier one of the same kind, faster or not.
+                    if key not in newest or newest[key].rank[0] >= match.rank[0]:
+                        newest[key] = match
+                    if match.config == heuristic(schedule, problem, target):
+                        usual.append((key, match))
         if reason is not None:
             missed.append(Miss(f"{shown_path(path)}:{number}", reason))
-    best: dict[str, Match] = {}
-    for key, match in newest.items():
-        name = match.record.schedule
-        # One wrong output outweighs any number of right ones: it may be a race.
-        if key not in wrong and (name not in best or match.rank < best[name].rank):
-            best[name] = match
-    return best
+    # One wrong output outweighs any number of right ones: it may be a race.
+    right = {key: match for key, match in newest.items() if key not in wrong}
+    return {
+        name: _fastest(
+            [match for key, match in right.items() if key[0] == name],
+            [match for key, match in usual if key[0] == name and key not in wrong],
+        )
+        for name in dict.fromkeys(name for name, _ in right)
+    }
+
+
+def _fastest(matches: list[Match], usual: list[Match]) -> Match:
+    """The best record of one schedule; usual: all of its heuristic's configuration.
+
+    The same kernel's times differ from one day to another by more than configurations do. So each
+    is compared with the heuristic's that is next to it in the log, by turns with which it was
+    measured as a rule, and less than `_GAIN` is no reason to leave the heuristic.
+    """
+    protocol = min(match.rank[0] for match in matches)
+    matches, usual = ([m for m in each if m.rank[0] == protocol] for each in (matches, usual))
+    if not usual:
+        return min(matches, key=lambda match: match.rank)
+
+    def share(match: Match) -> float:
+        beside = min(usual, key=lambda u: (u.path != match.path, abs(u.line - match.line)))
+        return match.record.time_us / beside.record.time_us
+
+    fastest = min(matches, key=lambda match: (share(match), match.rank))
+    if share(fastest) <= 1 - _GAIN:
+        return fastest
+    return next(match for match in matches if match.config == usual[0].config)
 
 
 def _concerns(
