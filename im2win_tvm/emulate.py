@@ -6,6 +6,7 @@ pipeline, whose annotations are dropped. TIRx kernels say these themselves and a
 them, simplified as TVM does it; see `simulate` for what is checked.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,42 @@ def simplified(function: tirx.PrimFunc) -> tirx.PrimFunc:
     return tirx.transform.StmtSimplify()(tvm.IRModule({name: function}))[name]
 
 
+def built(
+    schedule: Schedule,
+    problem: ConvProblem,
+    config: Any,
+    target: CudaTarget,
+    epilogue: Epilogue = NONE,
+) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+    """What gives the schedule's output for arrays, again and again; see `run`."""
+    module = lower(schedule.build(problem, config, target, epilogue))
+    parameters = function_parameters(module)
+    functions = {v.name_hint: f for v, f in module.functions_items()}
+    scheduled = {name: serial(f) for name, f in functions.items() if not is_tirx(f)}
+    library = tvm.compile(tvm.IRModule(scheduled), target="llvm").jit() if scheduled else {}
+    simulated = {name: simplified(f) for name, f in functions.items() if is_tirx(f)}
+
+    def output(arrays: dict[str, np.ndarray]) -> np.ndarray:
+        values = {name: tvm.runtime.tensor(array) for name, array in arrays.items()}
+        for call in [
+            {"function": PREPARE, "arguments": [p.name for p in parameters[PREPARE]]},
+            *calls(module),
+        ]:
+            name = call["function"]
+            for p in parameters[name]:
+                if p.name not in values:
+                    values[p.name] = tvm.runtime.tensor(np.full(p.shape, np.nan, p.dtype))
+            if name in scheduled:
+                library[name](*(values[argument] for argument in call["arguments"]))
+            else:
+                held = {argument: values[argument].numpy() for argument in call["arguments"]}
+                simulate.run(simulated[name], held)
+                values |= {argument: tvm.runtime.tensor(array) for argument, array in held.items()}
+        return values["y"].numpy()
+
+    return output
+
+
 def run(
     schedule: Schedule,
     problem: ConvProblem,
@@ -57,24 +94,4 @@ def run(
     Every other array, the output included, starts as NaN. Raises simulate.SimulationError for a
     fault in a TIRx kernel.
     """
-    module = lower(schedule.build(problem, config, target, epilogue))
-    parameters = function_parameters(module)
-    functions = {v.name_hint: f for v, f in module.functions_items()}
-    scheduled = {name: serial(f) for name, f in functions.items() if not is_tirx(f)}
-    library = tvm.compile(tvm.IRModule(scheduled), target="llvm").jit() if scheduled else {}
-    values = {name: tvm.runtime.tensor(array) for name, array in arrays.items()}
-    for call in [
-        {"function": PREPARE, "arguments": [p.name for p in parameters[PREPARE]]},
-        *calls(module),
-    ]:
-        name = call["function"]
-        for p in parameters[name]:
-            if p.name not in values:
-                values[p.name] = tvm.runtime.tensor(np.full(p.shape, np.nan, p.dtype))
-        if name in scheduled:
-            library[name](*(values[argument] for argument in call["arguments"]))
-        else:
-            held = {argument: values[argument].numpy() for argument in call["arguments"]}
-            simulate.run(simplified(functions[name]), held)
-            values |= {argument: tvm.runtime.tensor(array) for argument, array in held.items()}
-    return values["y"].numpy()
+    return built(schedule, problem, config, target, epilogue)(arrays)

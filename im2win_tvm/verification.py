@@ -73,11 +73,8 @@ def emulated(problem: ConvProblem, target: CudaTarget, choice: Choice) -> Run:
     """Runs a CUDA schedule's TensorIR on the CPU; see `im2win_tvm.emulate` for what that shows."""
     from . import emulate
 
-    def run(made: tensors.Tensors) -> np.ndarray:
-        arrays = {"x": made.x, "w": made.w}
-        return emulate.run(choice.schedule, problem, choice.config, target, arrays)
-
-    return run
+    output = emulate.built(choice.schedule, problem, choice.config, target)
+    return lambda made: output({"x": made.x, "w": made.w})
 
 
 def bytes_needed(problem: ConvProblem) -> int:

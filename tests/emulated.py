@@ -14,10 +14,11 @@ from im2win_tvm.schedules import SCHEDULES
 def assert_right(form, problem, config=None, epilogue=NONE, kinds=tensors.KINDS, target=TARGET):
     schedule = SCHEDULES[form]
     config = config or schedule.default(problem, target)
+    run = emulate.built(schedule, problem, config, target, epilogue)
     for kind in kinds:
         made = tensors.fill(problem, kind, 2, epilogue.bias, epilogue.residual)
         given = {name: array for name, array in made._asdict().items() if array is not None}
-        actual = emulate.run(schedule, problem, config, target, given, epilogue)
+        actual = run(given)
         expected = reference.conv2d(*made[:2], problem, *made[2:], epilogue.activation)
         result = tensors.check(actual, expected, problem, kind, schedule.accuracy(problem))
         assert result.ok, f"{config}: {result.message}"
@@ -27,6 +28,7 @@ def assert_nan_and_infinity_stay_local(form, problem, config=None, target=TARGET
     """They reach the outputs that read them, and no others."""
     schedule = SCHEDULES[form]
     config = config or schedule.default(problem, target)
+    run = emulate.built(schedule, problem, config, target, Epilogue(True, True, "relu"))
     for seed, value in enumerate((np.nan, np.inf)):
         made = tensors.fill(problem, "integer", seed, True, True)
         chance = random.Random(seed)
@@ -35,9 +37,7 @@ def assert_nan_and_infinity_stay_local(form, problem, config=None, target=TARGET
         expected = reference.conv2d(
             made.x, made.w, problem, made.bias, made.residual, activation="relu"
         )
-        actual = emulate.run(
-            schedule, problem, config, target, made._asdict(), Epilogue(True, True, "relu")
-        )
-        actual = actual.astype("float64")  # NumPy does not compare NaN of bfloat16
+        # NumPy does not compare NaN of bfloat16
+        actual = run(made._asdict()).astype("float64")
         np.testing.assert_array_equal(actual, expected)
         assert 0 < np.isfinite(actual).sum() < actual.size

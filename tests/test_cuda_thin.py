@@ -84,12 +84,22 @@ def test_configurations_in_all_dtypes(name, layout, dtype):
     assert_equal(*case(*CASES[name], dtype, layout), FULL)
 
 
-@pytest.mark.parametrize(
-    "chosen", [*drawn(1, 4, 100_000), *map(slow, drawn(2, 200))], ids=lambda each: case_id(each)
-)
+@pytest.mark.parametrize("chosen", drawn(1, 4, 100_000), ids=case_id)
 def test_drawn_configurations(chosen):
     """Nobody proposes them, but `check` allows them."""
     assert_equal(*chosen, FULL)
+
+
+@functools.cache
+def more():
+    """Drawn by the tests that are slow: it takes seconds, of every process that runs tests."""
+    return list(drawn(2, 200))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("turn", range(200))
+def test_more_drawn_configurations(turn):
+    assert_equal(*more()[turn], FULL)
 
 
 @pytest.mark.parametrize("epilogue", EPILOGUES, ids=str)
