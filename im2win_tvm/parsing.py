@@ -27,11 +27,12 @@ def _parser_at_work(macro):
 
 
 def _definition(macro):
-    """The tree is kept, unless it holds functions, which lose their decorators when visited."""
+    """The tree is kept, unless a visit changes it: functions lose their decorators there."""
     kept = vars(macro).get("_im2win_definition")
     if kept is None:
         kept = _get_macro_def(macro)
-        if macro.source.source.count("def ") == 1:
+        text = macro.source.source
+        if text.count("def ") == 1 and "+=" not in text:  # targets are read, then written
             macro._im2win_definition = kept
     return kept
 

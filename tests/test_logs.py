@@ -88,6 +88,16 @@ def test_pruning_keeps_the_best_of_each_problem_and_what_was_wrong(tmp_path):
     assert prune(tmp_path, 1)[1:] == (0, [])
 
 
+def test_pruning_keeps_what_selection_compares_with(tmp_path):
+    """The heuristic's, however slow; of a device that is not here only where it is a GPU."""
+    write(tmp_path, *(make(9.0 - n, changed={"unroll": n}) for n in (2, 3)), make(9.0))
+    gpu = dict(target=H100, schedule="cuda_simt", device="NVIDIA A")
+    write(tmp_path, make(9.0, **gpu), make(8.0, changed={"vector": 1}, **gpu), name="cuda_simt")
+    write(tmp_path, make(9.0, device="B"), make(8.0, device="B", changed={"unroll": 2}))
+    assert prune(tmp_path, 1)[:2] == (5, 2)
+    assert sorted(_times(tmp_path)) == [[6.0, 9.0], [8.0], [9.0, 8.0]]
+
+
 def test_a_log_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
     path = write(tmp_path, make(1.0), make(2.0, changed={"unroll": 2}))
     before = path.read_bytes()

@@ -109,6 +109,30 @@ def test_times_of_another_day_do_not_count_against_the_heuristic(place):
     assert select(PROBLEM, CPU).config == replace(HEURISTIC, unroll=3)
 
 
+def test_each_is_compared_with_the_heuristic_of_its_session(place):
+    """Where two sessions meet in a log, the other one's may be the nearer line."""
+    first, second = "2026-11-01T10:00:00+00:00", "2026-11-02T10:00:00+00:00"
+    write(
+        place,
+        replace(make(11.1, changed={"unroll": 3}), date=first),
+        replace(make(11.0), date=first),
+        replace(make(10.45, changed=OTHER), date=second),
+        replace(make(10.47, changed={"unroll": 4}), date=second),
+        replace(make(10.46), date=second),
+    )
+    choice = select(PROBLEM, CPU)
+    assert (choice.config, choice.origin.line) == (HEURISTIC, 5)
+
+
+def test_records_of_another_gpu_are_not_compared_with_the_heuristic_of_this_one(place):
+    """Borrowed: the other GPU's heuristic says nothing of this one's configurations."""
+    write(place, _simt(10.0, device="NVIDIA A"), name="cuda_simt")
+    write(place, _simt(12.0, device="NVIDIA B"), name="cuda_simt")
+    write(place, _simt(10.5, device="NVIDIA C", changed={"vector": 1}), name="cuda_simt")
+    choice = select(PROBLEM, H100)
+    assert (choice.origin.device, choice.origin.time_us) == ("NVIDIA A", 10.0)
+
+
 def test_what_ships_is_named_without_the_way_to_it(tmp_path):
     write(tmp_path / "tuning_logs", make(changed=OTHER))
     choice = select(PROBLEM, CPU)

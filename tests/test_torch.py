@@ -164,6 +164,8 @@ def test_derivatives_in_forward_mode_are_pytorchs(call):
     last = tensors[0].to(memory_format=torch.channels_last)
     y, _ = torch.func.jvp(lambda x: call(x, *tensors[1:], *rest), (last,), (last,))
     assert y.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(AccuracyError, match="accuracy='nonsense': allowed for float32"):
+        torch.func.jvp(lambda x: call(x, *tensors[1:], *rest, "nonsense"), (last,), (last,))
 
 
 def test_autocast_and_vmap():

@@ -16,10 +16,9 @@ from typing import NamedTuple
 
 import torch
 from torch import library
-from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
-from ..accuracy import TF32, AccuracyError
+from ..accuracy import OWN, TF32, AccuracyError, accepted
 from ..arrays import ArgumentError
 from ..epilogue import Epilogue
 from ..kernel import Kernel
@@ -67,7 +66,7 @@ def conv2d(
     Wo]`` has too; any other is copied. weight: ``[Co, Ci / groups, Kh, Kw]``; bias: ``[Co]``; all
     of one dtype: float32, float16 or bfloat16. accuracy: as in `im2win_tvm.compile`, which raises
     AccuracyError for one that the dtype does not have. Derivatives are PyTorch's; in forward mode
-    (`torch.func.jvp`) the output is, too.
+    (`torch.func.jvp`) the output is, too. `torch.func.grad` of it is refused by PyTorch.
     constant_weight: the weight is brought into the kernel's order once, and again when PyTorch has
     counted a change of it; changes by way of ``weight.data`` are not counted and not seen. A CUDA
     graph may go on with the weight as it was at its capture: capture it again after a change. What
@@ -336,9 +335,16 @@ def _backward(ctx, gradient):
     return (*gradients, *[None] * 6)
 
 
-# What `library.register_autograd` registers. It drops tangents without a word where no gradient is
-# wanted, and the operator's function no longer sees those of torch.func.jvp.
-_graded = make_autograd_impl(torch.ops.im2win.conv2d.default, Info(_backward, _keep))
+def _gradients():
+    """What `library.register_autograd` registers; None for a PyTorch that has it elsewhere."""
+    try:
+        from torch._library.autograd import Info, make_autograd_impl
+    except ImportError:
+        return None
+    return make_autograd_impl(torch.ops.im2win.conv2d.default, Info(_backward, _keep))
+
+
+_graded = _gradients()
 
 
 def _derived(
@@ -350,13 +356,22 @@ def _derived(
         t is not None and forward_ad.unpack_dual(t).tangent is not None
         for t in (input, weight, bias)
     ):
+        _check_numbers(groups, stride=stride, padding=padding, dilation=dilation)
         _check(input, weight, bias, groups)
+        dtype = str(input.dtype).removeprefix("torch.")
+        if dtype in OWN:
+            accepted(dtype, accuracy)
         return _pytorchs(input, weight, bias, stride, padding, dilation, groups, accuracy)
     return _graded(keys, input, weight, bias, stride, padding, dilation, groups, accuracy, *rest)
 
 
 _LIBRARY = library.Library("im2win", "FRAGMENT")
-_LIBRARY.impl("conv2d", _derived, "Autograd", with_keyset=True)
+if _graded is None:
+    library.register_autograd(NAME, _backward, setup_context=_keep)
+else:
+    # It drops tangents without a word where no gradient is wanted, and the operator's function no
+    # longer sees those of torch.func.jvp.
+    _LIBRARY.impl("conv2d", _derived, "Autograd", with_keyset=True)
 
 _CAST = Cast()
 _CONSTANT_WEIGHT = 5  # its place among the arguments after the tensors

@@ -12,11 +12,15 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from ..environment import slug
-from .lookup import lines
+from ..environment import device_name, slug
+from ..heuristic import heuristic
+from ..schedules import SCHEDULES
+from ..target import CudaTarget, resolve
+from .lookup import arch_of, lines
 from .records import Record, read
 
 __all__ = ["Refused", "merge", "prune"]
@@ -73,6 +77,7 @@ def merge(sources: Iterable[Path], place: Path) -> tuple[int, int, list[Refused]
 def prune(place: Path, keep: int) -> tuple[int, int, list[Refused]]:
     """Keep the fastest `keep` configurations of each problem, schedule, device and version.
 
+    And the heuristic's of today, with which selection compares the others; a CPU's on that CPU.
     All records of a configuration stay or go together: the search's and the full one. Those with a
     wrong output stay, so that nobody takes them for untried; those that could not be measured go.
     How many records stay, how many go, and the lines that are no records, which go too. Not for a
@@ -104,8 +109,27 @@ def _best(records: list[Record], keep: int) -> list[Record]:
         wrong = [c for c in configs.values() if any(not r.passed and r.error is None for r in c)]
         timed = [c for c in configs.values() if c not in wrong and any(r.passed for r in c)]
         timed.sort(key=lambda of_one: min((r.protocol != "full", r.time_us) for r in of_one))
-        kept.update(id(record) for of_one in [*wrong, *timed[:keep]] for record in of_one)
+        usual = _heuristics(timed[0][0]) if len(timed) > keep else None
+        timed = [of_one for n, of_one in enumerate(timed) if n < keep or of_one[0].config == usual]
+        kept.update(id(record) for of_one in [*wrong, *timed] for record in of_one)
     return [record for record in records if id(record) in kept]
+
+
+def _heuristics(record: Record) -> dict | None:
+    """The configuration that its schedule's heuristic has for its problem on its device."""
+    arch = record.target["arch"]
+    try:
+        if record.target["kind"] == "cuda":
+            # Records do not tell sm_90a from sm_90; what is for the former alone asks for it.
+            target = CudaTarget("sm_90a" if arch == "sm_90" else arch, record.device)
+        else:
+            target = resolve("llvm")
+        if arch_of(target) != arch or device_name(target) != record.device:
+            return None
+        config = heuristic(SCHEDULES[record.schedule], record.problem, target)
+    except Exception:  # none for what a stranger wrote
+        return None
+    return json.loads(json.dumps(asdict(config)))
 
 
 def _group(record: Record) -> tuple:

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +65,14 @@ class Match(NamedTuple):
         The time of a search is the smallest of many short measurements, and flatters.
         """
         return self.record.protocol != "full", self.record.time_us, str(self.path), self.line
+
+    @property
+    def seconds(self) -> float:
+        """When it was measured, since 1970; 0 if the record does not tell."""
+        try:
+            return datetime.fromisoformat(self.record.date or "").timestamp()
+        except (ValueError, OverflowError, OSError):  # whatever a log has there
+            return 0.0
 
 
 class Miss(NamedTuple):
@@ -142,7 +151,7 @@ def _usable(
     missed: list[Miss],
 ) -> dict[str, Match]:
     """The best record of each schedule in one place; misses are added to `missed`."""
-    newest: dict[tuple[str, str], Match] = {}
+    newest: dict[tuple[str, str, Path], Match] = {}
     usual: list[tuple[tuple[str, str], Match]] = []  # of heuristics' configurations
     wrong = set()
     wanted = key_of(problem)
@@ -168,44 +177,57 @@ def _usable(
                     wrong.add(key)
                     reason = "its output was wrong"
                 else:
-                    # A later time replaces an earlier one of the same kind, faster or not.
-                    if key not in newest or newest[key].rank[0] >= match.rank[0]:
-                        newest[key] = match
+                    # A later time replaces an earlier one of the same kind, faster or not; not
+                    # that of another device.
+                    known = newest.get((*key, path))
+                    if known is None or known.rank[0] >= match.rank[0]:
+                        newest[(*key, path)] = match
                     if match.config == heuristic(schedule, problem, target):
                         usual.append((key, match))
         if reason is not None:
             missed.append(Miss(f"{shown_path(path)}:{number}", reason))
     # One wrong output outweighs any number of right ones: it may be a race.
-    right = {key: match for key, match in newest.items() if key not in wrong}
+    right = [(key[:2], match) for key, match in newest.items() if key[:2] not in wrong]
     return {
         name: _fastest(
-            [match for key, match in right.items() if key[0] == name],
+            [match for key, match in right if key[0] == name],
             [match for key, match in usual if key[0] == name and key not in wrong],
         )
-        for name in dict.fromkeys(name for name, _ in right)
+        for name in dict.fromkeys(key[0] for key, _ in right)
     }
 
 
 def _fastest(matches: list[Match], usual: list[Match]) -> Match:
-    """The best record of one schedule; usual: all of its heuristic's configuration.
-
-    The same kernel's times differ from one day to another by more than configurations do. So each
-    is compared with the heuristic's that is next to it in the log, by turns with which it was
-    measured as a rule, and less than `_GAIN` is no reason to leave the heuristic.
-    """
+    """The best record of one schedule; usual: all of its heuristic's configuration."""
     protocol = min(match.rank[0] for match in matches)
     matches, usual = ([m for m in each if m.rank[0] == protocol] for each in (matches, usual))
+    logs = dict.fromkeys(match.path for match in matches)
+    best = [
+        _fastest_of_log(*([m for m in each if m.path == path] for each in (matches, usual)))
+        for path in logs
+    ]
+    return min(best, key=lambda match: match.rank)
+
+
+def _fastest_of_log(matches: list[Match], usual: list[Match]) -> Match:
+    """The best of one file.
+
+    The same kernel's times differ from one day to another by more than configurations do. So each
+    is compared with the heuristic's that is next to it in time, by turns with which it was measured
+    as a rule, and less than `_GAIN` is no reason to leave the heuristic.
+    """
     if not usual:
         return min(matches, key=lambda match: match.rank)
 
+    def beside(match: Match) -> Match:
+        when = match.seconds
+        return min(usual, key=lambda u: (abs(u.seconds - when), abs(u.line - match.line)))
+
     def share(match: Match) -> float:
-        beside = min(usual, key=lambda u: (u.path != match.path, abs(u.line - match.line)))
-        return match.record.time_us / beside.record.time_us
+        return match.record.time_us / beside(match).record.time_us
 
     fastest = min(matches, key=lambda match: (share(match), match.rank))
-    if share(fastest) <= 1 - _GAIN:
-        return fastest
-    return next(match for match in matches if match.config == usual[0].config)
+    return fastest if share(fastest) <= 1 - _GAIN else beside(fastest)
 
 
 def _concerns(
