@@ -245,25 +245,37 @@ def test_models_are_measured(tmp_path):
 
 
 @pytest.mark.slow
-def test_kernels_are_within_cuda_graphs(tmp_path):
-    """TVM's pass lifts their calls into the function that it captures."""
+@pytest.mark.parametrize(
+    "make, size, convolutions",
+    [
+        (normalised_network, (16, 15), 3),
+        (lambda: models.folded(models.model("unet")), (64, 64), 23),
+    ],
+    ids=["small", "unet"],
+)
+def test_kernels_are_within_cuda_graphs(make, size, convolutions, tmp_path):
+    """TVM's pass lifts their calls into the function that it captures, places of tensors too."""
     from tvm.relax.backend.cuda import pipeline
 
+    from im2win_tvm.relax.memory import PlanMemory
     from im2win_tvm.target import CudaTarget
 
-    target, x = CudaTarget("sm_90a"), torch.randn(2, 3, 16, 15)
+    target, x = CudaTarget("sm_90a"), torch.randn(2, 3, *size)
     rewrite = UseIm2win(target)
-    path = saved(normalised_network(), tmp_path / "model.pt2", x)
+    path = saved(make(), tmp_path / "model.pt2", x)
     module = rewrite(read(path, "float16"))
-    assert len(rewrite.report.replaced) == 2
+    assert len(rewrite.report.replaced) == convolutions
     where = target.tvm("llvm")
     passes = pipeline.legalize_passes(where) + pipeline.dataflow_lower_passes(where)
-    passes += [relax.transform.StaticPlanBlockMemory(), relax.transform.RewriteCUDAGraph()]
+    passes += [relax.transform.StaticPlanBlockMemory(), PlanMemory()]
+    passes += [relax.transform.RewriteCUDAGraph()]
     with where, tvm.transform.PassContext(config={"relax.backend.use_cuda_graph": True}):
         module = tvm.transform.Sequential(passes)(module)
     texts = {v.name_hint: f.script() for v, f in module.functions_items() if is_relax(f)}
     assert "run_or_capture" in texts["main"] and "im2win_conv" not in texts["main"]
-    assert texts["main_cuda_graph_capture"].count("im2win_conv") == 2
+    captured = texts["main_cuda_graph_capture"]
+    assert captured.count("im2win_conv") == convolutions
+    assert "ensure_zero_offset" in captured
 
 
 def is_relax(function):
