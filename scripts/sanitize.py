@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -126,8 +127,11 @@ class Few(CudaTarget):
     multiprocessors = 2
 
 
-def prepare(folder: Path, forms: list[str]) -> None:
-    """Export every case in the forms that take it, with operands and the expected output."""
+def prepare(folder: Path, forms: list[str]) -> dict[str, int]:
+    """Export every case in the forms that take it, with operands and the expected output.
+
+    How many kernels that are of each form.
+    """
     here = resolve("cuda")
     target = Few(here.arch, here.device)
     asked = [
@@ -150,6 +154,7 @@ def prepare(folder: Path, forms: list[str]) -> None:
         y = reference.conv2d(*made[:2], problem, *made[2:], epilogue.activation)
         given = {name: array for name, array in made._asdict().items() if array is not None}
         np.savez(folder / f"{number}.npz", y=y, **given)
+    return dict(Counter(form for form, *_ in asked))
 
 
 def run(folder: Path) -> int:
@@ -213,7 +218,7 @@ def main() -> int:
     sanitizer = find_sanitizer()
     failed = []
     with tempfile.TemporaryDirectory(prefix="im2win-") as folder:
-        prepare(Path(folder), forms)
+        kernels = prepare(Path(folder), forms)
         for tool in options.tools.split(","):
             print(f"== {tool}", flush=True)
             if watched(sanitizer, tool, Path(folder)):
@@ -222,6 +227,7 @@ def main() -> int:
     if options.record:
         figures = {
             "schedules": forms,
+            "kernels": kernels,
             "problems": [str(problem) for problem, *_ in (*CASES, *CONFIGURED)],
             "tools": {t: "failed" if t in failed else "clean" for t in options.tools.split(",")},
         }
