@@ -199,7 +199,7 @@ def fp32_config(problem: ConvProblem, more: int = 1, **fields) -> Config:
     is done by fewer of them."""
     whole = -(-problem.out_channels // 8) * 8
     chosen = dict(block_n=whole, warpgroups=2, channels=problem.in_channels, rows=1, steps=1)
-    chosen |= fields | dict(channels=problem.in_channels)
+    chosen |= fields | dict(channels=problem.in_channels, pairs=False)
     chosen["steps"] = min(2, chosen["steps"])
     most = SplitGeometry(problem, Config(stages=2, **chosen)).most_rows
     chosen["rows"] = min(chosen["rows"], most)
