@@ -53,6 +53,14 @@ def test_the_nearest_come_first():
     ]  # fmt: skip
 
 
+def test_float16_and_bfloat16_are_neighbours_the_own_dtype_first():
+    half, brain = (PROBLEM.replace(dtype=dtype) for dtype in ("float16", "bfloat16"))
+    assert distance(half, brain) == 0.0
+    others = [each.replace(batch=2) for each in (half, brain)]
+    assert [other for _, other in nearest(brain, [*others, half])] == [half, *others[::-1]]
+    assert [other for _, other in nearest(half, [*others, brain])] == [brain, *others]
+
+
 def test_a_search_begins_with_the_neighbours_configurations_that_fit(tmp_path):
     schedule = SCHEDULES["cuda_simt"]
     default = schedule.default(PROBLEM, H200)

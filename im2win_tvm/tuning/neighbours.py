@@ -1,7 +1,8 @@
 """Records of other problems: what is fast there may be fast here, where nothing was measured.
 
-A neighbour has the same filter, stride, dilation, groups, dtype and layout; its batch, channels and
-image differ. How far it is away is told in octaves: 1 for each doubling or halving of one of them.
+A neighbour has the same filter, stride, dilation, groups and layout, and elements of the same size:
+kernels for float16 and bfloat16 take the same configurations. Its batch, channels and image differ.
+How far it is away is told in octaves: 1 for each doubling or halving of one of them.
 """
 
 from __future__ import annotations
@@ -31,10 +32,17 @@ def distance(one: ConvProblem, other: ConvProblem) -> float | None:
 
 
 def nearest(problem: ConvProblem, others: Iterable[ConvProblem]) -> list[tuple[float, ConvProblem]]:
-    """The neighbours among `others` with their distances, the nearest first; not itself."""
+    """The neighbours among `others` with their distances, the nearest first; not itself.
+
+    Of those equally near, the ones of the problem's own dtype go first.
+    """
     found = [(distance(problem, other), other) for other in others if other != problem]
     known = [(octaves, other) for octaves, other in found if octaves is not None]
-    return sorted(known, key=lambda entry: (entry[0], str(entry[1])))
+
+    def order(entry: tuple[float, ConvProblem]) -> tuple:
+        return entry[0], entry[1].dtype != problem.dtype, str(entry[1])
+
+    return sorted(known, key=order)
 
 
 def borrowed(
@@ -63,7 +71,7 @@ def borrowed(
 
 def _fixed(problem: ConvProblem) -> tuple[Any, ...]:
     return (
-        problem.kernel_size, problem.stride, problem.dilation, problem.dtype, problem.layout,
+        problem.kernel_size, problem.stride, problem.dilation, problem.itemsize, problem.layout,
         problem.groups if problem.groups < problem.in_channels else "depthwise",
     )  # fmt: skip
 
