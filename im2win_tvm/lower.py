@@ -20,6 +20,7 @@ from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipelin
 from . import parsing  # noqa: F401
 from .schedules.base import ALIGNMENT, ARGUMENTS, CONV, TRANSFORM
 from .target import CpuTarget, CudaTarget
+from .tensor_intrinsics import building
 
 # What generated host code begins with, after its includes.
 _HOST = "#define TVM_DLL TVM_FFI_DLL_EXPORT"
@@ -177,7 +178,7 @@ def cuda_source(module: tvm.IRModule, target: CudaTarget) -> str:
     from tvm.backend.cuda import export_cuda_host
 
     tvm_target = target.tvm()
-    with _source_only(), tvm_target:
+    with _source_only(), tvm_target, building(module):
         executable = tvm.compile(module, target=tvm_target, tir_pipeline=_PIPELINE)
     source = export_cuda_host(executable.mod)
     for line in (_HOST, *_HEADERS):

@@ -4,9 +4,8 @@ A configuration is a trace: the scheduling steps that TVM's search took, and its
 There is no heuristic, so these schedules take part where a tuning record holds a trace and nowhere
 else. I' stays where the search puts it: TVM's rules inline the transform into what reads it.
 
-A trace may come from a stranger. It is data: its steps are TVM's scheduling primitives, each of
-which TVM checks. What goes beyond them is refused by `check`: pragmas can bring foreign code into a
-kernel, and tensor intrinsics are looked up by name.
+A trace may come from a stranger. It is data, and `check` refuses what could be more: see
+`metaschedule_trace`.
 """
 
 import functools
@@ -16,23 +15,15 @@ from dataclasses import dataclass
 from tvm import s_tir, te
 from tvm.ir import IRModule
 
+from .. import tensor_intrinsics
 from ..epilogue import NONE, Epilogue
 from ..expr import arguments, convolution, filter_window, output, transform
 from ..problem import ConvProblem
 from ..target import CudaTarget, Target
 from .base import ALIGNMENT, CONV, PREPARE, Schedule
 from .cuda_elementwise import THREADS
+from .metaschedule_trace import refusal
 
-# The steps of TVM's rules for "llvm" and "cuda", and of their postprocessing.
-STEPS = frozenset(
-    """AddUnitLoop Annotate Bind CacheRead CacheWrite ComputeAt ComputeInline DecomposeReduction
-    EnterPostproc Fuse GetChildBlocks GetConsumers GetLoops GetOutputBlocks GetProducers GetSBlock
-    Parallel RFactor Reorder ReverseComputeAt ReverseComputeInline SampleCategorical
-    SampleComputeLocation SamplePartitionedTile SamplePerfectTile Split StorageAlign Unannotate
-    Unroll Vectorize""".split()
-)
-# Their annotations. Others that begin with "pragma_" can bring C or LLVM code into a kernel.
-NOTES = ("meta_schedule.", "software_pipeline_", "pragma_auto_unroll_max_step", "pragma_unroll_")
 # Bytes that vectors of the search's loads and stores may take: pointers are multiples of that.
 VECTOR_BYTES = 16
 
@@ -52,7 +43,7 @@ class MetaSchedule(Schedule):
 
     def supports(self, problem: ConvProblem, target: Target) -> str | None:
         reason = super().supports(problem, target)
-        if reason is None and problem.dtype == "bfloat16":
+        if reason is None and (problem.dtype, self.kind) == ("bfloat16", "llvm"):
             reason = f"dtype=bfloat16: {self.name} takes float32 and float16"
         return reason
 
@@ -105,6 +96,8 @@ def prepare(problem: ConvProblem, target: Target):
 
 def _replayed(trace: str, problem: ConvProblem, epilogue: Epilogue):
     """The function after the steps of a trace."""
+    if '"Tensorize"' in trace:
+        tensor_intrinsics.register()
     sch = s_tir.Schedule(IRModule({"main": function(problem, epilogue)}))
     s_tir.schedule.Trace.apply_json_to_schedule(json.loads(trace), sch)
     return sch.mod["main"]
@@ -115,13 +108,9 @@ def _refusal(trace: str, problem: ConvProblem) -> str | None:
     """What is wrong with a trace for this problem; None if it can be replayed."""
     try:
         steps, _ = json.loads(trace)
-        for kind, _, attributes, _ in steps:
-            if kind not in STEPS:
-                return f"trace: step {kind!r}: allowed: {', '.join(sorted(STEPS))}"
-            # TVM's JSON has strings of the step's own inputs in quotes.
-            name = str(attributes[0]).strip('"') if kind == "Annotate" else NOTES[0]
-            if not name.startswith(NOTES):
-                return f"trace: annotation {name!r}: allowed: those that begin with {NOTES}"
+        reason = refusal(steps)
+        if reason is not None:
+            return reason
         _replayed(trace, problem, NONE)
     except Exception as error:  # whatever TVM raises: no trace of this function
         return f"trace: {type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"

@@ -9,6 +9,12 @@ from tvm.ir.utils import derived_object
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.meta_schedule.testing.dummy_object import DummyRunner
 
+from im2win_tvm.bench.metaschedule_population import sampled
+from im2win_tvm.bench.metaschedule_tuning import dry_target
+from im2win_tvm.schedules.metaschedule import function
+from im2win_tvm.target import CudaTarget
+from im2win_tvm.tuning import metaschedule
+
 
 def machinery(error=None):
     """Builds nothing and makes up times: only the search itself takes place."""
@@ -28,6 +34,21 @@ def machinery(error=None):
         "strategy": "replay-trace",
         "num_tuning_cores": 1,
     }
+
+
+def tensor_core_trace(problem, seed=1):
+    """A sample of TVM's rules for tensor cores over an im2win expression: steps, decisions."""
+    context = ms.TuneContext(
+        mod=ms.tir_integration._normalize_mod(function(problem)),
+        target=dry_target(),
+        space_generator=metaschedule._rules(problem, CudaTarget("sm_90")),
+        search_strategy="evolutionary",
+        task_name="main",
+        rand_state=seed,
+        num_threads=1,
+    ).clone()
+    (schedule,) = sampled(context, 1, seed)
+    return metaschedule._plain(schedule.trace.as_json())
 
 
 @pytest.fixture(autouse=True)

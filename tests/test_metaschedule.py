@@ -18,9 +18,10 @@ from types import SimpleNamespace
 import pytest
 from metaschedule_machinery import machinery, named_handlers  # noqa: F401
 from tvm import relax, s_tir
+from tvm.ir import IRModule
 from tvm.s_tir import meta_schedule as ms
 
-from im2win_tvm import environment
+from im2win_tvm import environment, tensor_intrinsics
 from im2win_tvm.bench import baselines, metaschedule_machinery, metaschedule_tuning, timing
 from im2win_tvm.bench.baselines import metaschedule
 from im2win_tvm.bench.baselines.tvm_tuned import TvmTuned
@@ -171,7 +172,7 @@ def test_a_broken_database_is_a_gap(logs):
 def test_the_stack_without_source_lines():
     kept = inspect.stack
     try:
-        metaschedule.bare_stack()
+        tensor_intrinsics.bare_stack()
         frames = inspect.stack(context=1)
         assert frames[0].function == "test_the_stack_without_source_lines"
         assert frames[0].frame.f_code.co_filename == __file__
@@ -305,7 +306,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("tvm.s_tir.meta_schedule.builder.local_builder.default_build", fails)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(RuntimeError, match="no such loop"):
-        metaschedule_machinery._built((None, None))
+        metaschedule_machinery._built((IRModule(), None))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 import tvm
 from emulated import assert_right
-from metaschedule_machinery import machinery, named_handlers  # noqa: F401
+from metaschedule_machinery import (
+    machinery,
+    named_handlers,  # noqa: F401
+    tensor_core_trace,
+)
 from tuning_records import CPU, PROBLEM, make, write
-from tvm import s_tir
+from tvm import s_tir, tirx
 from tvm.ir import IRModule
 
 import im2win_tvm
@@ -20,6 +24,7 @@ from im2win_tvm.epilogue import Epilogue
 from im2win_tvm.problem import ConvProblem
 from im2win_tvm.schedules import SCHEDULES, ScheduleError
 from im2win_tvm.schedules import metaschedule as schedules
+from im2win_tvm.schedules.metaschedule_trace import refusal
 from im2win_tvm.select import select, supporting
 from im2win_tvm.target import CudaTarget
 from im2win_tvm.tuning import lookup, metaschedule
@@ -41,6 +46,10 @@ def _trace(problem, change=lambda sch: None):
     sch.split(loops[2], [None, 2])
     change(sch)
     return schedules.Config(json.dumps(metaschedule._plain(sch.trace.as_json())))
+
+
+def _step(kind, inputs, attributes):
+    return schedules.Config(json.dumps([[[kind, inputs, attributes, []]], []]))
 
 
 @pytest.fixture
@@ -102,19 +111,79 @@ def _local(sch):
         (schedules.Config("{"), "trace: JSONDecodeError"),
         (schedules.Config("[]"), "trace: ValueError"),
         (schedules.Config("[" * 100_000), "trace: RecursionError"),
-        (schedules.Config('[[["Tensorize", [], [], []]], []]'), "trace: step 'Tensorize': allowed"),
+        (schedules.Config('[[["Evaluate", [], [], []]], []]'), "trace: step 'Evaluate': allowed"),
+        (_step("Tensorize", [], ["evil", 1]), "trace: intrinsic 'evil': allowed: those that begin"),
+        (_step("TransformLayout", ["b0", "f()"], []), "trace: TransformLayout: 'f()': allowed"),
         (schedules.Config('[[["GetSBlock", [], [], []]], []]'), "trace: "),
         (_trace(PROBLEM, _annotate("pragma_import_c", "int f;")), "annotation 'pragma_import_c'"),
         (_trace(PROBLEM, _annotate("pragma_import_llvm", "x")), "annotation 'pragma_import_llvm'"),
         (_trace(PROBLEM, _local), "trace: step 'SetScope'"),
         (schedules.Config(3), "trace=3: allowed: the text of a trace"),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_a_trace_is_refused(config, reason):
     assert reason in SCHEDULE.check(config, PROBLEM, CPU)
     with pytest.raises(ScheduleError):
         SCHEDULE.build(PROBLEM, config, CPU)
+
+
+def _map():
+    """TVM's JSON of a map of indices, as text and as Python has it."""
+    text = str(tvm.ir.save_json(tirx.IndexMap.from_func(lambda i, j: [i * 4 + j // 8, j % 8])))
+    return text, json.loads(text)
+
+
+def _edited(change):
+    graph = _map()[1]
+    change(graph["nodes"])
+    return json.dumps(graph)
+
+
+def _node(kind):
+    """The first node of a kind."""
+    return lambda nodes: next(node for node in nodes if node["type"] == kind)
+
+
+def test_a_map_of_indices_is_allowed():
+    step = ["TransformLayout", ["b0", _map()[0]], [0, 0, None, 1], []]
+    assert refusal([step]) is None
+    assert refusal([["TransformBlockLayout", ["b0"], [_map()[0]], []]]) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[1]",
+        '{"nodes": 3, "root_index": 0}',
+        '{"nodes": [{"type": "None"}], "root_index": 0}',
+        '{"nodes": [], "root_index": -1}',
+        json.dumps(_map()[1] | {"root_index": len(_map()[1]["nodes"])}),
+        json.dumps(_map()[1] | {"more": 1}),
+        _edited(lambda nodes: nodes.insert(0, {"type": "tirx.Call", "data": {}})),
+        _edited(lambda nodes: _node("prim.Mul")(nodes).update(type="prim.Call")),
+        _edited(lambda nodes: _node("prim.Mul")(nodes)["data"].update(a=len(nodes))),
+        _edited(lambda nodes: _node("prim.Mul")(nodes)["data"].update(a="5")),
+        _edited(lambda nodes: _node("prim.Mul")(nodes)["data"].update(c=0)),
+        _edited(lambda nodes: _node("ffi.Array")(nodes).update(data=[-1])),
+        _edited(lambda nodes: _node("ffi.String")(nodes).update(data="i; system(0)")),
+        _edited(lambda nodes: _node("ir.PrimType")(nodes)["data"].update(dtype="handle")),
+        _edited(lambda nodes: _node("int")(nodes).update(data=10**30)),
+        _edited(lambda nodes: _node("int")(nodes).update(data=True)),
+    ],
+    ids=range(17),
+)
+def test_what_is_no_map_of_indices_is_refused(text):
+    for step in (
+        ["TransformLayout", ["b0", text], [0, 0, None, 1], []],
+        ["TransformLayout", ["b0", _map()[0]], [0, 0, text, 1], []],
+        ["TransformBlockLayout", ["b0"], [text], []],
+    ):
+        assert f"trace: {step[0]}: " in refusal([step])
+    if text.startswith("{"):  # as which TVM takes it wherever it is
+        step = ["Annotate", ["b0", f'"{text}"'], ["warp_execution"], []]
+        assert "trace: Annotate: " in refusal([step])
 
 
 def test_what_rules_annotate_is_allowed():
@@ -175,7 +244,10 @@ def test_a_search_ends_in_records_that_selection_takes(place, monkeypatch):
     assert asdict(choice.config) == result.best().config
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype",
+    ["float32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("float16", "bfloat16"))],
+)
 def test_what_rules_for_cuda_find_computes_the_convolution(dtype, monkeypatch):
     described = {"kind": "cuda", "arch": "sm_90", "thread_warp_size": 32}
     described |= {"max_shared_memory_per_block": 48 * 1024, "max_threads_per_block": 1024}
@@ -186,6 +258,29 @@ def test_what_rules_for_cuda_find_computes_the_convolution(dtype, monkeypatch):
     (config, *_) = metaschedule.found(problem, CudaTarget("sm_90"), 2, 2, **machinery())
     assert "threadIdx.x" in config.trace
     assert_right("cuda_metaschedule", problem, config, Epilogue(True, True, "relu"))
+
+
+# 768 windows, 45 products and 37 filters, of which fragments of 16 leave a part over.
+RAGGED = ConvProblem(
+    3, 5, (33, 15), 37, 3, stride=(2, 1), padding=((0, 1), (2, 1)), dtype="float16"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["NHWC", pytest.param("NCHW", marks=pytest.mark.slow)])
+def test_what_rules_for_tensor_cores_find_computes_the_convolution(layout):
+    """With plain loops in the place of TVM's intrinsics, which a processor has not."""
+    problem = RAGGED.replace(layout=layout)
+    (steps, decisions) = tensor_core_trace(problem)
+    trace = json.dumps([steps, decisions])
+    schedule, gpu = SCHEDULES["cuda_metaschedule"], CudaTarget("sm_90")
+    assert schedule.check(schedules.Config(trace), problem, gpu) is None
+    plain = [step for step in steps if step[0] != "Tensorize"]
+    assert len(steps) - len(plain) == 5  # zeros, both operands, products, output
+    config = schedules.Config(json.dumps([plain, decisions]))
+    epilogue = Epilogue(True, True, "relu")
+    assert_right("cuda_metaschedule", problem, config, epilogue, ["normal"])
+    module = schedule.build(problem, schedules.Config(trace), gpu, epilogue)
+    assert "wmma::mma_sync" in lower.cuda_source(lower.lower(module), gpu)
 
 
 def test_a_search_of_a_template_finds_configurations_of_its_schedule():

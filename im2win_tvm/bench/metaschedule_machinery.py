@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .baselines import metaschedule
+from ..tensor_intrinsics import bare_stack, building
 
 __all__ = ["builder", "runner", "turn"]
 
@@ -30,7 +30,7 @@ def builder(workers: int) -> Any:
     from tvm.s_tir import meta_schedule as ms
     from tvm.support.popen_pool import PopenPoolExecutor, StatusKind
 
-    pool = PopenPoolExecutor(workers, timeout=_BUILD, initializer=metaschedule.bare_stack)
+    pool = PopenPoolExecutor(workers, timeout=_BUILD, initializer=bare_stack)
 
     @derived_object
     class Builder(ms.builder.PyBuilder):
@@ -55,7 +55,8 @@ def _built(given: tuple[Any, Any]) -> str:
     folder = tempfile.mkdtemp(prefix="metaschedule-")
     try:
         library = Path(folder) / "candidate.so"
-        default_build(*given, None).export_library(str(library))
+        with building(given[0]):
+            default_build(*given, None).export_library(str(library))
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -69,9 +70,7 @@ def runner(lock: Path | None = None) -> Any:
 
     # A tenth of TVM's time: it ranks candidates, and the fastest are measured again.
     brief = ms.runner.EvaluatorConfig(number=1, repeat=3, min_repeat_ms=10)
-    local = ms.runner.LocalRunner(
-        _RUN, brief, f_alloc_argument=_unfilled, initializer=metaschedule.bare_stack
-    )
+    local = ms.runner.LocalRunner(_RUN, brief, f_alloc_argument=_unfilled, initializer=bare_stack)
 
     @derived_object
     class Runner(ms.runner.PyRunner):

@@ -11,27 +11,43 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 __all__ = ["sampled"]
 
-# Levels of TVM's tiles on CUDA, SSSRRSRS: blocks, virtual threads, threads, and two in a thread;
-# of a sum: steps that share a load, and two in a step.
+# Levels of TVM's tiles on a GPU, SSSRRSRS: blocks, virtual threads or more blocks, threads or
+# warps, and two in these; of a sum: steps that share a load, and two in a step.
 _SPATIAL, _SUMS = 5, 3
-# TVM takes up to eight virtual threads, and innermost tiles of 64.
-_VIRTUAL, _INNERMOST = 8, 64
-# Whole warps, enough of them for a multiprocessor, and a block for each of a GPU if there are as
-# many outputs.
-_THREADS, _WARP, _BUSY, _BLOCKS = (64, 512), 32, 0.85, 132
-# Sums in the registers of a thread: fewer are short of arithmetic, more of registers.
-_REGISTERS = (8, 96)
-# Products of each sum between two loads of shared memory.
-_STEP = 64
-# Elements of both operands in shared memory at a time: 48 KiB of float32.
-_SHARED = 48 * 1024 // 4
-_PIPELINE = "software_pipeline_stage"
+# Whole warps, and a block for each multiprocessor of a GPU if there are as many outputs.
+_WARP, _BUSY, _BLOCKS = 32, 0.85, 132
+_PIPELINE, _TENSORIZE = "software_pipeline_stage", "meta_schedule.auto_tensorize"
 # Draws, and among those samples, until what was not found is not there.
 _DRAWS, _TRIES = 20_000, 60
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """What fits, for kernels on CUDA cores in elements, for tensor cores in fragments.
+
+    threads: least and most of a block, or its warps. tiles: sums in registers; fewer are short of
+    arithmetic, more of registers. virtual, innermost: what TVM takes; tensor cores have no virtual
+    threads. step: products of a sum between two loads of shared memory. shared: of both operands,
+    of one step of a pipeline.
+    """
+
+    threads: tuple[int, int]
+    tiles: tuple[int, int]
+    virtual: int | None
+    innermost: int
+    step: int
+    shared: int
+
+
+# Elements of four bytes: 48 KiB. And fragments, 16x16 of two bytes, half as much: the outputs, of
+# four bytes, go through shared memory, too.
+_CUDA_CORES = _Bounds((64, 512), (8, 96), 8, 64, 64, 48 * 1024 // 4)
+_TENSOR_CORES = _Bounds((2, 16), (2, 16), None, 4, 8, 24 * 1024 // 512)
 
 
 def sampled(context: Any, count: int, seed: int) -> list[Any]:
@@ -49,7 +65,7 @@ def sampled(context: Any, count: int, seed: int) -> list[Any]:
         steps = [step for step in trace.insts if step.kind.name == "SamplePerfectTile"]
         extents = [math.prod(int(size) for size in trace.decisions[step]) for step in steps]
         levels = [int(step.attrs[0]) for step in steps]
-        tiles = _tiles(extents, levels, _buffers(trace), chance)
+        tiles = _tiles(extents, levels, _bounds(trace), _buffers(trace), chance)
         if tiles is None:
             break
         for step, tile in zip(steps, tiles, strict=True):
@@ -78,7 +94,7 @@ def _applied(context: Any, trace: Any) -> Any:
 
 
 def _tiles(
-    extents: list[int], levels: list[int], buffers: int, chance: random.Random
+    extents: list[int], levels: list[int], bounds: _Bounds, buffers: int, chance: random.Random
 ) -> list[list[int]] | None:
     """Tiles of each loop, or None if none were drawn that seem to fit."""
     factors = [list(_factors(extent)) for extent in extents]
@@ -87,47 +103,66 @@ def _tiles(
         places = [place for place, parts in enumerate(levels) if parts == kind]
         return {place: _split(factors[place], kind, chance) for place in places}
 
+    block = 2 if bounds.virtual is None else 1
     for _ in range(_DRAWS):
         spatial = draw(_SPATIAL)
-        if _fits(list(spatial.values())):
+        # Which of the loops is that of the filters is not known: the one with which it fits.
+        sides = [math.prod(tile[block:]) for tile in spatial.values()]
+        outputs = math.prod(sides)
+        operands = min(outputs // side + side for side in sides) * buffers
+        if operands <= bounds.shared and _fits(list(spatial.values()), bounds):
             break
     else:
         return None
-    # Which of the loops is that of the filters is not known: the one with which it fits.
-    sides = [math.prod(tile[1:]) for tile in spatial.values()]
-    outputs = math.prod(sides)
-    operands = min(outputs // side + side for side in sides) * buffers
     for _ in range(_DRAWS):
         sums = draw(_SUMS)
         step = math.prod(tile[1] * tile[2] for tile in sums.values())
-        if step <= _STEP and operands * step <= _SHARED:
+        innermost = max(tile[-1] for tile in sums.values())
+        if (
+            step <= bounds.step
+            and innermost <= bounds.innermost
+            and operands * step <= bounds.shared
+        ):
             tiles = spatial | sums
             return [tiles[place] for place in range(len(levels))]
     return None
 
 
-def _fits(spatial: list[list[int]]) -> bool:
+def _fits(spatial: list[list[int]], bounds: _Bounds) -> bool:
     blocks, virtual, threads, outer, inner = (
         math.prod(tile[level] for tile in spatial) for level in range(_SPATIAL)
     )
+    if bounds.virtual is None:
+        blocks, virtual, whole = blocks * virtual, 1, threads
+    else:
+        whole = -(-threads // _WARP) * _WARP
+    (fewest, most), (small, large) = bounds.threads, bounds.tiles
     every = math.prod(math.prod(tile) for tile in spatial)
-    whole = -(-threads // _WARP) * _WARP
     return (
-        blocks >= min(_BLOCKS, every // (_THREADS[0] * _REGISTERS[0]))
-        and virtual <= _VIRTUAL
-        and _THREADS[0] <= threads <= _THREADS[1]
+        blocks >= min(_BLOCKS, every // (fewest * small))
+        and virtual <= (bounds.virtual or 1)
+        and fewest <= threads <= most
         and threads >= _BUSY * whole
-        and _REGISTERS[0] <= virtual * outer * inner <= _REGISTERS[1]
-        and max(tile[-1] for tile in spatial) <= _INNERMOST
+        and small <= virtual * outer * inner <= large
+        and max(tile[-1] for tile in spatial) <= bounds.innermost
     )
+
+
+def _bounds(trace: Any) -> _Bounds:
+    marked = any(str(step.attrs[0]).strip('"') == _TENSORIZE for step in _annotations(trace))
+    return _TENSOR_CORES if marked else _CUDA_CORES
+
+
+def _annotations(trace: Any) -> Iterator[Any]:
+    return (step for step in trace.insts if step.kind.name == "Annotate")
 
 
 def _buffers(trace: Any) -> int:
     """How many steps of a sum are in shared memory at a time, by the trace's pipeline."""
     stages = [
         int(stage)
-        for step in trace.insts
-        if step.kind.name == "Annotate" and str(step.attrs[0]).strip('"') == _PIPELINE
+        for step in _annotations(trace)
+        if str(step.attrs[0]).strip('"') == _PIPELINE
         for stage in step.inputs[1]
     ]
     return max(stages, default=0) or 1

@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .. import environment
+from .. import environment, tensor_intrinsics
 from ..problem import ConvProblem
 from ..target import CpuTarget, Target
 from . import metaschedule_machinery
@@ -170,7 +170,7 @@ def search(
     """
     from tvm.s_tir import meta_schedule as ms
 
-    metaschedule.bare_stack()
+    tensor_intrinsics.bare_stack()
     given = dict(machinery)
     on_gpu = tvm_target.kind.name == "cuda"
     if "builder" not in given:
@@ -178,9 +178,11 @@ def search(
             metaschedule_machinery.builder(len(os.sched_getaffinity(0)))
             if on_gpu
             else ms.builder.LocalBuilder(
-                timeout_sec=_BUILD_TIMEOUT, initializer=metaschedule.bare_stack
+                timeout_sec=_BUILD_TIMEOUT, initializer=tensor_intrinsics.bare_stack
             )
         )
+    if on_gpu:
+        tensor_intrinsics.register()  # for the rules that TVM takes unless told
     if on_gpu and "runner" not in given:
         given["runner"] = metaschedule_machinery.runner()
     rounds = _rounds(deadline)

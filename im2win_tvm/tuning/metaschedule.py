@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .. import tensor_intrinsics
 from ..bench import metaschedule_tuning
 from ..bench.baselines.tvm_default import choose_cuda_compiler, tvm_target_here
 from ..problem import ConvProblem
@@ -83,7 +84,7 @@ def found(
     if not isinstance(target, CpuTarget):
         choose_cuda_compiler()
     if space == "rules":
-        template, searched, generator = None, function(problem), _rules(target)
+        template, searched, generator = None, function(problem), _rules(problem, target)
     else:
         template = CpuBlockedTemplate(problem, target)
         searched, generator = template.function, template.space()
@@ -113,15 +114,17 @@ def found(
     return list(dict.fromkeys(configs))[:FINALISTS]
 
 
-def _rules(target: Target) -> Any:
-    """TVM's rules for processors or CUDA cores.
+def _rules(problem: ConvProblem, target: Target) -> Any:
+    """TVM's rules for processors, for CUDA cores, or in float16 for tensor cores.
 
-    Those for tensor cores, which TVM takes for CUDA unless told, find kernels in float16 that this
-    TVM cannot build: it gives tiles of two dtypes one shared memory, and then refuses to read it.
+    Those have intrinsics of no other dtype of ours.
     """
     from tvm.s_tir import meta_schedule as ms
 
     kind = target.kind
+    if kind == "cuda" and problem.dtype == "float16":
+        tensor_intrinsics.register()
+        kind = "cuda-tensorcore"
     return ms.space_generator.PostOrderApply(sch_rules=kind, postprocs=kind, mutator_probs=kind)
 
 

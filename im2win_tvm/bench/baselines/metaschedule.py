@@ -8,13 +8,11 @@ are data: a trace names scheduling steps, and reading it runs no code of its aut
 
 from __future__ import annotations
 
-import inspect
-import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ... import environment, suites
+from ... import environment, suites, tensor_intrinsics
 from ...problem import ConvProblem
 from ...target import Target
 from ...tuning import lookup
@@ -25,7 +23,6 @@ __all__ = [
     "SCRIPT",
     "TUNING_LOGS",
     "MissingRecord",
-    "bare_stack",
     "best_record",
     "fill_command",
     "folder",
@@ -126,7 +123,7 @@ def scheduled(module: Any, record: Any) -> Any:
     from tvm import s_tir
 
     if any(instruction.kind.name == "Tensorize" for instruction in record.trace.insts):
-        _register_intrinsics()
+        tensor_intrinsics.register()
     schedule = s_tir.Schedule(_as_main(prim_func(module)))
     record.trace.apply_to_schedule(schedule, remove_postproc=False)
     function = schedule.mod["main"].without_attr("global_symbol")
@@ -143,33 +140,3 @@ def _as_main(function: Any) -> Any:
 
 def _relative(path: Path) -> Path:
     return path.relative_to(TUNING_LOGS.parent) if TUNING_LOGS in path.parents else path
-
-
-def bare_stack() -> None:
-    """Have `inspect.stack` read no source files in this process.
-
-    TVM's script parser asks for the stack once a function and uses the frames alone. With the
-    source lines of every frame, importing its table of tensor intrinsics takes up to a minute,
-    which is more than MetaSchedule gives a process that builds.
-    """
-
-    def stack(context: int = 1) -> list[inspect.FrameInfo]:
-        found, frame = [], sys._getframe(1)
-        while frame is not None:
-            code = frame.f_code
-            place = (code.co_filename, frame.f_lineno, code.co_name)
-            found.append(inspect.FrameInfo(frame, *place, None, None))
-            frame = frame.f_back
-        return found
-
-    inspect.stack = stack
-
-
-def _register_intrinsics() -> None:
-    """Tensor intrinsics by name, which traces for tensor cores refer to."""
-    kept = inspect.stack
-    bare_stack()
-    try:
-        import tvm.s_tir.tensor_intrin  # noqa: F401
-    finally:
-        inspect.stack = kept

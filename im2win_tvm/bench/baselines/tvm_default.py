@@ -16,6 +16,7 @@ from ... import toolchain
 from ...accuracy import OWN
 from ...problem import ConvProblem
 from ...target import CpuTarget, Target
+from ...tensor_intrinsics import building
 from ..operands import Operands
 from .base import COMPETITOR_LIMIT, Prepared
 
@@ -56,7 +57,7 @@ class TvmDefault:
         if problem.itemsize == 2:
             detail["accumulates"] = problem.dtype
         # `with`: CUDA's architecture is taken from the current target.
-        with tvm_target:
+        with tvm_target, building(module):
             executable = tvm.compile(module, target=tvm_target)
         main = relax.VirtualMachine(executable, device)["main"]
         x, w = operands.x, operands.w
