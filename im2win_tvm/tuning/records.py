@@ -220,9 +220,15 @@ def _config(data: dict[str, Any]) -> dict[str, Any]:
 def _problem(data: dict[str, Any]) -> ConvProblem:
     text, dtype, layout = (_take(data, name, str) for name in ("problem", "dtype", "layout"))
     try:
-        return ConvProblem.parse(text, dtype=dtype, layout=layout)
+        return _parsed(text, dtype, layout)
     except (ValueError, RecursionError) as error:
         raise RecordError(f"problem={shown(text)}: {shown(error)}") from None
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(text: str, dtype: str, layout: str) -> ConvProblem:
+    """Half of the time that a log takes to read; there are some lines of each problem."""
+    return ConvProblem.parse(text, dtype=dtype, layout=layout)
 
 
 class Line(NamedTuple):
