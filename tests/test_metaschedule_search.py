@@ -213,6 +213,28 @@ def test_the_faster_record_wins_whatever_found_it(place, theirs, winner):
     assert error < 1e-5
 
 
+def test_a_trace_that_is_no_faster_is_not_replayed(place, monkeypatch):
+    monkeypatch.setattr(schedules, "_refusal", lambda *_: pytest.fail("replayed"))
+    write(place, _record(10.0), name=NAME)
+    write(place, make(10.0))
+    choice = select(PROBLEM, CPU)
+    assert choice.schedule.name == "cpu_blocked"
+    assert [miss.reason for miss in choice.missed] == [
+        "its 10.00 us are no less than cpu_blocked's 10.00"
+    ]
+
+
+def test_a_wrong_output_excludes_a_trace_that_was_right_once(place):
+    """Though the right record says that it is the fastest."""
+    write(place, _record(1.0), replace(_record(2.0), passed=False, times={}), name=NAME)
+    write(place, make(10.0))
+    choice = select(PROBLEM, CPU)
+    assert (choice.schedule.name, choice.missed[0].reason) == (
+        "cpu_blocked",
+        "its output was wrong",
+    )
+
+
 def test_a_record_whose_trace_is_refused_is_a_miss(place):
     spoilt = asdict(_trace(PROBLEM, _annotate("pragma_import_c", "int f;")))
     write(place, make(1.0, schedule=NAME, config=spoilt), name=NAME)

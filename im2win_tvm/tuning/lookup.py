@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -151,17 +151,22 @@ def _usable(
     schedules: Mapping[str, Schedule],
     missed: list[Miss],
 ) -> dict[str, Match]:
-    """The best record of each schedule in one place; misses are added to `missed`."""
+    """The best record of each schedule in one place; misses are added to `missed`.
+
+    What was searched has no part where another schedule is faster: to check a trace takes seconds.
+    """
     newest: dict[tuple[str, str, Path], Match] = {}
     usual: list[tuple[tuple[str, str], Match]] = []  # of heuristics' configurations
     wrong = set()
     wanted = key_of(problem)
-    for path, (number, record) in lines(place, device):
+    for path, (number, record) in sorted(lines(place, device), key=_is_searched):
         reason = record if isinstance(record, str) else None
         if isinstance(record, Record):
             if not _concerns(record, wanted, target, device, schedules):
                 continue
             reason = stale(record, target, device, schedules)
+        if reason is None and record.passed and schedules[record.schedule].searched:
+            reason = _beaten(record, (m for key, m in newest.items() if key[:2] not in wrong))
         if reason is None:
             schedule = schedules[record.schedule]
             key = record.schedule, json.dumps(record.config, sort_keys=True)
@@ -196,6 +201,21 @@ def _usable(
         )
         for name in dict.fromkeys(key[0] for key, _ in right)
     }
+
+
+def _is_searched(entry: tuple[Path, Line]) -> bool:
+    record = entry[1].record
+    return isinstance(record, Record) and getattr(SCHEDULES.get(record.schedule), "searched", False)
+
+
+def _beaten(record: Record, matches: Iterable[Match]) -> str | None:
+    """Which record of another schedule is as fast or faster; None if there is none."""
+    others = (match for match in matches if match.record.schedule != record.schedule)
+    best = min(others, key=lambda match: match.rank, default=None)
+    if best is None or (record.protocol != "full", record.time_us) < best.rank[:2]:
+        return None
+    theirs = best.record
+    return f"its {record.time_us:.2f} us are no less than {theirs.schedule}'s {theirs.time_us:.2f}"
 
 
 def _fastest(matches: list[Match], usual: list[Match]) -> Match:
