@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from contextlib import AbstractContextManager, nullcontext
 
 import tvm
@@ -17,16 +18,20 @@ __all__ = ["bare_stack", "building", "register"]
 
 # Where the tiles of tensor cores are, in TVM's words.
 _FRAGMENTS = "wmma."
+_registering = threading.Lock()
 
 
 def register() -> None:
-    """Have TVM know its intrinsics by name."""
-    kept = inspect.stack
-    bare_stack()
-    try:
-        import tvm.s_tir.tensor_intrin  # noqa: F401
-    finally:
-        inspect.stack = kept
+    """Have TVM know its intrinsics by name. Seconds, the first time."""
+    with _registering:
+        if "tvm.s_tir.tensor_intrin" in sys.modules:
+            return
+        kept = inspect.stack
+        bare_stack()
+        try:
+            import tvm.s_tir.tensor_intrin  # noqa: F401
+        finally:
+            inspect.stack = kept
 
 
 def bare_stack() -> None:
@@ -52,13 +57,19 @@ def bare_stack() -> None:
 def building(module: tvm.IRModule) -> AbstractContextManager:
     """The context in which TVM builds scheduled functions, those with such intrinsics too.
 
-    TVM lets buffers that do not live at the same time share memory, whatever their dtypes: operands
-    in float16 and sums in float32. It refuses the intrinsics that read such a buffer, unless it is
-    told that dtypes have to agree.
+    TVM has buffers that do not live at the same time share memory, operands in float16 and sums in
+    float32 too, and then refuses the intrinsics that read one of these. With another of its passes
+    for shared memory buffers keep their dtypes.
     """
     if not any(_has_fragments(function) for function in module.functions.values()):
         return nullcontext()
-    return tvm.transform.PassContext(config={"tirx.merge_static_smem": True})
+    here = tvm.transform.PassContext.current()
+    return tvm.transform.PassContext(
+        opt_level=here.opt_level,
+        required_pass=here.required_pass,
+        disabled_pass=here.disabled_pass,
+        config={**here.config, "tirx.merge_static_smem": True},
+    )
 
 
 def _has_fragments(function: object) -> bool:

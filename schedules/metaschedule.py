@@ -4,15 +4,16 @@ A configuration is a trace: the scheduling steps that TVM's search took, and its
 There is no heuristic, so these schedules take part where a tuning record holds a trace and nowhere
 else. I' stays where the search puts it: TVM's rules inline the transform into what reads it.
 
-A trace may come from a stranger. It is data, and `check` refuses what could be more: see
-`metaschedule_trace`.
+A trace may come from a stranger. It is data, and `check` refuses what could be more: see `traces`.
 """
 
 import functools
 import json
 from dataclasses import dataclass
 
-from tvm import s_tir, te
+import tvm
+import tvm_ffi
+from tvm import s_tir, te, tirx
 from tvm.ir import IRModule
 
 from .. import tensor_intrinsics
@@ -20,9 +21,9 @@ from ..epilogue import NONE, Epilogue
 from ..expr import arguments, convolution, filter_window, output, transform
 from ..problem import ConvProblem
 from ..target import CudaTarget, Target
+from ..traces import refusal
 from .base import ALIGNMENT, CONV, PREPARE, Schedule
 from .cuda_elementwise import THREADS
-from .metaschedule_trace import refusal
 
 # Bytes that vectors of the search's loads and stores may take: pointers are multiples of that.
 VECTOR_BYTES = 16
@@ -95,26 +96,78 @@ def prepare(problem: ConvProblem, target: Target):
 
 
 def _replayed(trace: str, problem: ConvProblem, epilogue: Epilogue):
-    """The function after the steps of a trace."""
-    if '"Tensorize"' in trace:
+    """The function after the steps of a trace.
+
+    Raises ValueError where they change its parameters, and TVM's errors.
+    """
+    steps, decisions = json.loads(trace)
+    if any(step[0] == "Tensorize" for step in steps):
         tensor_intrinsics.register()
-    sch = s_tir.Schedule(IRModule({"main": function(problem, epilogue)}))
-    s_tir.schedule.Trace.apply_json_to_schedule(json.loads(trace), sch)
-    return sch.mod["main"]
+    before = function(problem, epilogue)
+    after = _after(before, steps, decisions).mod["main"]
+    for old, new in zip(before.params, after.params, strict=True):
+        if not old.same_as(new):
+            raise ValueError(f"it changes the parameter {old.name}")
+    return after
+
+
+def _after(main, steps: list, decisions: list) -> s_tir.Schedule:
+    """The schedule of a function after steps."""
+    sch = s_tir.Schedule(IRModule({"main": main}))
+    s_tir.schedule.Trace.apply_json_to_schedule([steps, decisions], sch)
+    return sch
 
 
 @functools.lru_cache(maxsize=256)
 def _refusal(trace: str, problem: ConvProblem) -> str | None:
     """What is wrong with a trace for this problem; None if it can be replayed."""
     try:
-        steps, _ = json.loads(trace)
-        reason = refusal(steps)
-        if reason is not None:
-            return reason
-        _replayed(trace, problem, NONE)
+        reason = refusal(json.loads(trace))
+        if reason is None:
+            _replayed(trace, problem, NONE)
+            _prove_layouts(*json.loads(trace), problem)
     except Exception as error:  # whatever TVM raises: no trace of this function
-        return f"trace: {type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
-    return None
+        said = (str(error).strip().splitlines() or [""])[-1]
+        reason = f"trace: {type(error).__name__}: {ascii(said)[1:200]}"
+    return reason
+
+
+def _prove_layouts(steps: list, decisions: list, problem: ConvProblem) -> None:
+    """Raise where a new layout may give two elements of a buffer one place.
+
+    TVM takes a trace's word for it that it does not, and what it can prove is not enough. Each is
+    looked at with the shape that the buffer has after the steps before it.
+    """
+    made: dict[str, tuple[int, int]] = {}  # the step that gave a name last, and its output
+    tiles: dict[str, int] = {}  # of sampled factors, which layouts name
+    chosen = dict(decisions)
+    for place, (kind, inputs, attributes, outputs) in enumerate(steps):
+        if kind == "TransformLayout":
+            before = [each for each in decisions if each[0] < place]
+            sch = _after(function(problem), steps[:place], before)
+            step, which = made[inputs[0]]
+            block = sch.get(sch.trace.insts[step].outputs[which])
+            buffer, written = attributes[:2]
+            region = (block.writes if written else block.reads)[buffer]
+            layout = _with_tiles(tvm.ir.load_json(inputs[1]), tiles)
+            layout.inverse([int(extent) for extent in region.source.shape])
+        for which, name in enumerate(outputs):
+            made[name] = place, which
+            tiles.pop(name, None)
+            if kind == "SamplePerfectTile":
+                tiles[name] = chosen[place][which]
+
+
+def _with_tiles(layout: tirx.IndexMap, tiles: dict[str, int]) -> tirx.IndexMap:
+    """A layout with factors in the place of their names."""
+    own = {variable.name for variable in layout.initial_indices}
+
+    def known(variable):
+        free = variable.name not in own and variable.name in tiles
+        return tirx.const(tiles[variable.name], "int32") if free else variable
+
+    indices = [tvm_ffi.structural_map(i, (tvm.ir.Var, known)) for i in layout.final_indices]
+    return tirx.IndexMap(layout.initial_indices, indices, None)
 
 
 CPU = MetaSchedule("cpu_metaschedule", "llvm")

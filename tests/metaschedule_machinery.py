@@ -13,6 +13,7 @@ from im2win_tvm.bench.metaschedule_population import sampled
 from im2win_tvm.bench.metaschedule_tuning import dry_target
 from im2win_tvm.schedules.metaschedule import function
 from im2win_tvm.target import CudaTarget
+from im2win_tvm.traces import plain
 from im2win_tvm.tuning import metaschedule
 
 
@@ -48,7 +49,7 @@ def tensor_core_trace(problem, seed=1):
         num_threads=1,
     ).clone()
     (schedule,) = sampled(context, 1, seed)
-    return metaschedule._plain(schedule.trace.as_json())
+    return plain(schedule.trace.as_json())
 
 
 @pytest.fixture(autouse=True)

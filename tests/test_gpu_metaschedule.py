@@ -18,6 +18,7 @@ pytestmark = pytest.mark.gpu
 def test_values(layout, epilogue):
     problem = RAGGED.replace(layout=layout)
     traces = [tensor_core_trace(problem, seed) for seed in (1, 2)]
+    assert all("wmma_sync" in json.dumps(steps) for steps, _ in traces)
     configs = [Config(json.dumps(trace)) for trace in traces]
     asked = [Asked("cuda_metaschedule", problem, epilogue, config) for config in configs]
     for kernel in build(asked).values():

@@ -34,6 +34,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "tune_metaschedule
 BRIEF = timing.Limits(warmup=0.001, seconds=0.001, least=1, most=3)
 PROBLEM = ConvProblem(2, 6, (9, 8), 10, 3, stride=2, padding=((0, 1), (2, 1)), groups=2)
 LLVM = resolve("llvm")
+MARK = "pragma_auto_unroll_max_step"
 PACKAGES = ("cloudpickle", "psutil")
 can_search = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in PACKAGES),
@@ -54,7 +55,7 @@ def _function(problem):
 
 
 def _record(problem, seconds, mark):
-    """A record that splits the outermost loop and runs it in parallel; `mark` tells it apart."""
+    """A record that runs the outermost loop in parallel; the number `mark` tells it apart."""
     function = _function(problem)
     module = ms.tir_integration._normalize_mod(function)
     schedule = s_tir.Schedule(module)
@@ -62,7 +63,7 @@ def _record(problem, seconds, mark):
         if f'"{name}"' in str(module):
             (loop, *_) = schedule.get_loops(schedule.get_sblock(name))
     schedule.parallel(loop)
-    schedule.annotate(loop, "test_mark", mark)
+    schedule.annotate(loop, MARK, mark)
     info = ms.arg_info.ArgInfo.from_prim_func(module["main"])
     workload = ms.database.Workload(module)
     return ms.database.TuningRecord(schedule.trace, workload, [seconds], LLVM.tvm(), info)
@@ -79,15 +80,15 @@ def _record(problem, seconds, mark):
 )
 def test_the_best_record_is_built_and_computes_the_convolution(problem, logs):
     path = metaschedule.folder(problem, LLVM)
-    for seconds, mark in ((2e-3, "slower"), (1e-3, "best"), (3e-3, "slowest")):
+    for seconds, mark in ((2e-3, 71), (1e-3, 72), (3e-3, 73)):
         metaschedule_tuning.keep(_record(problem, seconds, mark), path)
     entry = TvmTuned()
     assert entry.available(problem, LLVM) is None
     module, detail = entry.module(problem, LLVM, LLVM.tvm())
     text = str(metaschedule.prim_func(module))
     assert "T.parallel" in text
-    assert '"best"' in text
-    assert "slow" not in text
+    assert f'"{MARK}": 72' in text
+    assert text.count(MARK) == 1
     assert detail["tuned_us"] == pytest.approx(1000.0)
     assert detail["records"] == f"{environment.device_slug(LLVM)}/metaschedule/{path.name}"
     operands = HostOperands(problem)
@@ -99,29 +100,45 @@ def test_the_best_record_is_built_and_computes_the_convolution(problem, logs):
 
 def test_records_of_the_users_own_come_first(logs, tmp_path, monkeypatch):
     own = tmp_path / "own"
-    metaschedule_tuning.keep(_record(PROBLEM, 1e-3, "ships"), metaschedule.folder(PROBLEM, LLVM))
-    metaschedule_tuning.keep(_record(PROBLEM, 2e-3, "own"), metaschedule.folder(PROBLEM, LLVM, own))
+    metaschedule_tuning.keep(_record(PROBLEM, 1e-3, 71), metaschedule.folder(PROBLEM, LLVM))
+    metaschedule_tuning.keep(_record(PROBLEM, 2e-3, 72), metaschedule.folder(PROBLEM, LLVM, own))
     monkeypatch.setenv("IM2WIN_TUNING_LOGS", str(own))
     module, _ = TvmTuned().module(PROBLEM, LLVM, LLVM.tvm())
-    assert '"own"' in str(metaschedule.prim_func(module))
+    assert f'"{MARK}": 72' in str(metaschedule.prim_func(module))
     monkeypatch.setenv("IM2WIN_TUNING_LOGS", str(tmp_path / "none"))
     module, _ = TvmTuned().module(PROBLEM, LLVM, LLVM.tvm())
-    assert '"ships"' in str(metaschedule.prim_func(module))
+    assert f'"{MARK}": 71' in str(metaschedule.prim_func(module))
 
 
 def test_default_passes_keep_the_schedule(logs):
     """The competitor would be TVM's default under another name if they did not."""
-    metaschedule_tuning.keep(_record(PROBLEM, 1e-3, "kept"), metaschedule.folder(PROBLEM, LLVM))
+    metaschedule_tuning.keep(_record(PROBLEM, 1e-3, 71), metaschedule.folder(PROBLEM, LLVM))
     module, _ = TvmTuned().module(PROBLEM, LLVM, LLVM.tvm())
     with LLVM.tvm():
         lowered = relax.get_default_pipeline(LLVM.tvm())(module)
-    assert '"kept"' in str(lowered["conv2d"])
+    assert f'"{MARK}": 71' in str(lowered["conv2d"])
     assert lowered["conv2d"].attrs["tirx.is_scheduled"]
+
+
+def test_a_trace_that_brings_in_code_is_a_gap(logs):
+    record = _record(PROBLEM, 1e-3, 71)
+    schedule = s_tir.Schedule(record.workload.mod)
+    record.trace.apply_to_schedule(schedule, remove_postproc=False)
+    (loop, *_) = schedule.get_loops(schedule.get_child_blocks(schedule.get_sblock("root"))[0])
+    schedule.annotate(loop, "pragma_import_c", "int f;")
+    spoilt = ms.database.TuningRecord(
+        schedule.trace, record.workload, [1e-4], LLVM.tvm(), record.args_info
+    )
+    metaschedule_tuning.keep(spoilt, metaschedule.folder(PROBLEM, LLVM))
+    (layer,) = run({"it": PROBLEM}, LLVM, [TvmTuned()], BRIEF)["layers"]
+    (entry,) = layer["implementations"]
+    assert entry["status"] == "absent"
+    assert "annotation 'pragma_import_c'" in entry["reason"]
 
 
 def test_bench_against_tuned_and_untuned(logs):
     other = PROBLEM.replace(batch=1)
-    metaschedule_tuning.keep(_record(PROBLEM, 1e-3, "x"), metaschedule.folder(PROBLEM, LLVM))
+    metaschedule_tuning.keep(_record(PROBLEM, 1e-3, 71), metaschedule.folder(PROBLEM, LLVM))
     entries = baselines.implementations(LLVM, ["tvm", "tvm-tuned"])[1:]
     tuned, untuned = run({"tuned": PROBLEM, "untuned": other}, LLVM, entries, BRIEF)["layers"]
     statuses = [[e["status"] for e in layer["implementations"]] for layer in (tuned, untuned)]
@@ -145,7 +162,7 @@ def test_the_command_that_fills_a_suite():
 
 def test_a_record_of_another_convolution_is_a_miss_and_changes_no_file(logs):
     path = metaschedule.folder(PROBLEM, LLVM)
-    metaschedule_tuning.keep(_record(PROBLEM.replace(stride=1), 1e-3, "x"), path)
+    metaschedule_tuning.keep(_record(PROBLEM.replace(stride=1), 1e-3, 71), path)
     files = {file: file.read_bytes() for file in path.iterdir()}
     assert len(files) == 2
     record = run({"it": PROBLEM}, LLVM, [TvmTuned()], BRIEF)
@@ -160,7 +177,7 @@ def test_a_record_of_another_convolution_is_a_miss_and_changes_no_file(logs):
 
 def test_a_broken_database_is_a_gap(logs):
     path = metaschedule.folder(PROBLEM, LLVM)
-    metaschedule_tuning.keep(_record(PROBLEM, 1e-3, "x"), path)
+    metaschedule_tuning.keep(_record(PROBLEM, 1e-3, 71), path)
     (path / "database_tuning_record.json").write_text("[1, 2\n")
     record = run({"it": PROBLEM}, LLVM, [TvmTuned()], BRIEF)
     (entry,) = record["layers"][0]["implementations"]

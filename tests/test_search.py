@@ -55,6 +55,28 @@ def test_proposals_are_new_reproducible_and_begin_with_the_known_ones():
     assert [trial.config for trial in other][3:20] != configs[3:20]
 
 
+def test_however_many_are_asked_for_the_second_half_knows_the_first():
+    """A host of many processors builds, and so asks for, more than that at a time."""
+    asked = []
+
+    class Noting(RandomThenClimb):
+        def propose(self, count, trials):
+            proposed = super().propose(count, trials)
+            asked.append((len(trials), len(proposed)))
+            return proposed
+
+    trials = search(Noting([GRID[0]], GRID, 20), _measure, 40, 64)
+    assert asked == [(0, 20), (20, 20)]
+    best = sorted(trials[:20], key=lambda trial: trial.time_us)[:3]
+    assert all(
+        any(trial.config in neighbours(near.config, GRID) for near in best)
+        for trial in trials[20:22]
+    )
+    asked.clear()
+    search(Noting([GRID[0]], GRID, 20), _measure, 40, 15)
+    assert asked == [(0, 15), (15, 5), (20, 15), (35, 5)]
+
+
 def test_what_a_model_ranks_first_is_spread():
     ranked = sorted(GRID, key=cost)
     taken = spread(ranked, 5)

@@ -352,28 +352,6 @@ def test_schedules_of_a_gpu_meet_in_one_last_round(place, monkeypatch):
         assert [result.tried for result in results] == [20, 5]
 
 
-@pytest.mark.parametrize(("jobs", "rounds"), [(1, [1] * 8), (3, [3, 3, 2]), (64, [4, 4])])
-def test_half_of_the_trials_are_chosen_by_what_the_others_showed(place, monkeypatch, jobs, rounds):
-    """However many kernels can be built at once."""
-    asked = []
-
-    class Counting:
-        def propose(self, count, trials):
-            asked.append((count, len(trials)))
-            return list(range(count))
-
-    def tried(self, pairs):
-        for each, config in pairs:
-            each.trials.append(Trial(config, 1.0))
-
-    monkeypatch.setattr(session.Builder, "begin", lambda self: None)
-    monkeypatch.setattr(session.Session, "_try", tried)
-    with session.Session(H100, place, jobs=jobs) as running:
-        running.tune(PROBLEM, {"cuda_simt": Counting()}, 8)
-    assert [count for count, _ in asked] == rounds
-    assert [known for _, known in asked] == [sum(rounds[:n]) for n in range(len(rounds))]
-
-
 def test_seconds_of_a_schedule_are_not_spent_by_others(place, monkeypatch):
     """The preferred schedule is searched last where it is the fastest."""
     clock, given = [100.0], {}

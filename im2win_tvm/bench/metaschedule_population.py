@@ -33,7 +33,7 @@ class _Bounds:
     threads: least and most of a block, or its warps. tiles: sums in registers; fewer are short of
     arithmetic, more of registers. virtual, innermost: what TVM takes; tensor cores have no virtual
     threads. step: products of a sum between two loads of shared memory. shared: of both operands,
-    of one step of a pipeline.
+    in all stages of a pipeline.
     """
 
     threads: tuple[int, int]
@@ -59,15 +59,17 @@ def sampled(context: Any, count: int, seed: int) -> list[Any]:
     spaces = [schedule.trace for schedule in context.generate_design_space()]
     found: dict[str, Any] = {}
     for _ in range(_TRIES * count):
-        if len(found) == count:
+        if len(found) == count or not spaces:
             break
-        trace = chance.choice(spaces)
+        space = chance.choice(spaces)
+        trace = space
         steps = [step for step in trace.insts if step.kind.name == "SamplePerfectTile"]
         extents = [math.prod(int(size) for size in trace.decisions[step]) for step in steps]
         levels = [int(step.attrs[0]) for step in steps]
         tiles = _tiles(extents, levels, _bounds(trace), _buffers(trace), chance)
         if tiles is None:
-            break
+            spaces.remove(space)
+            continue
         for step, tile in zip(steps, tiles, strict=True):
             trace = trace.with_decision(step, tile, True)
         for step in trace.insts:

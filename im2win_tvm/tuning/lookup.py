@@ -153,7 +153,8 @@ def _usable(
 ) -> dict[str, Match]:
     """The best record of each schedule in one place; misses are added to `missed`.
 
-    What was searched has no part where another schedule is faster: to check a trace takes seconds.
+    What was searched has no part where another schedule is faster: to check a trace for tensor
+    cores takes TVM's intrinsics, whose import takes seconds.
     """
     newest: dict[tuple[str, str, Path], Match] = {}
     usual: list[tuple[tuple[str, str], Match]] = []  # of heuristics' configurations

@@ -21,6 +21,7 @@ from ..problem import ConvProblem
 from ..schedules import SCHEDULES
 from ..schedules.metaschedule import Config, function
 from ..target import CpuTarget, Target
+from ..traces import plain
 from .measuring import TuningError
 from .search import Listed
 from .session import FINALISTS, Result, Session
@@ -105,7 +106,7 @@ def found(
         workload = database.commit_workload(ms.tir_integration._normalize_mod(searched))
         ranked = [record.trace for record in database.get_top_k(workload, ran)]
     if template is None:
-        configs = [Config(_short(_plain(trace.as_json()))) for trace in ranked]
+        configs = [Config(_short(plain(trace.as_json()))) for trace in ranked]
     else:
         # A template samples tiles for more registers than there are, too.
         configs = [config for trace in ranked if (config := template.config(trace)) is not None]
@@ -126,17 +127,6 @@ def _rules(problem: ConvProblem, target: Target) -> Any:
         tensor_intrinsics.register()
         kind = "cuda-tensorcore"
     return ms.space_generator.PostOrderApply(sch_rules=kind, postprocs=kind, mutator_probs=kind)
-
-
-def _plain(value: Any) -> Any:
-    """TVM's JSON as Python's own lists, strings and numbers; JSON in its strings without blanks."""
-    if isinstance(value, str):
-        return _short(json.loads(value)) if value.startswith("{") else str(value)
-    if value is None or isinstance(value, int | float):
-        return value
-    if hasattr(value, "value"):  # of an IntImm or FloatImm
-        return value.value
-    return [_plain(entry) for entry in value]
 
 
 def _short(value: Any) -> str:

@@ -227,7 +227,7 @@ def _problem(data: dict[str, Any]) -> ConvProblem:
 
 @functools.lru_cache(maxsize=1024)
 def _parsed(text: str, dtype: str, layout: str) -> ConvProblem:
-    """Half of the time that a log takes to read; there are some lines of each problem."""
+    """The problem of a descriptor, read once: a log has some lines of each."""
     return ConvProblem.parse(text, dtype=dtype, layout=layout)
 
 

@@ -59,8 +59,9 @@ class RandomThenClimb:
     """Known configurations, random ones, then neighbours of the fastest few.
 
     first: proposed before all others (the heuristic's, and what a model ranks first). configs: all
-    valid ones. explore: how many are proposed before climbing begins. The same seed and times give
-    the same proposals.
+    valid ones. explore: how many are proposed before climbing begins; no proposal goes beyond them,
+    so that whoever measures many at a time climbs from what they showed. The same seed and times
+    give the same proposals.
     """
 
     def __init__(
@@ -79,6 +80,8 @@ class RandomThenClimb:
     def propose(self, count: int, trials: Sequence[Trial]) -> list[Any]:
         proposed: list[Any] = []
         while len(proposed) < count:
+            if proposed and len(self._proposed) == self._explore:
+                break
             config = self._next(trials)
             if config is None:
                 break

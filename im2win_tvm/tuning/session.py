@@ -141,13 +141,10 @@ class Session:
         self._measurer.close()
         self._builder.close()
 
-    def _batch(self, trials: int) -> int:
-        """Configurations of a schedule that are built at once.
-
-        No more than half of its trials, however many processors there are: the second half is
-        chosen by what the first one showed.
-        """
-        return min(max(self._builder.jobs, self._measurer.width), -(-trials // 2))
+    @property
+    def _batch(self) -> int:
+        """Configurations that are built at once."""
+        return max(self._builder.jobs, self._measurer.width)
 
     def log(self, schedule: str) -> Path:
         """Where the records of a schedule go."""
@@ -213,7 +210,7 @@ class Session:
         """
         preferred, *others = searches
         asked = [(each, config) for each in others for config in each.proposer.propose(1, [])]
-        count = max(1, self._batch(trials) - len(others))
+        count = min(trials, max(1, self._batch - len(others)))
         self._try([*asked, *((preferred, each) for each in preferred.proposer.propose(count, []))])
 
     def _search(self, searched: _Search, trials: int, seconds: float, bound: float) -> None:
@@ -229,8 +226,7 @@ class Session:
             behind = 4 * len(searched.trials) >= trials and searched.best_us > bound
             return behind or time.monotonic() - begun >= seconds
 
-        batch = self._batch(trials)
-        search(searched.proposer, measure, trials, batch, enough, searched.trials)
+        search(searched.proposer, measure, trials, self._batch, enough, searched.trials)
 
     def _try(self, asked: list[tuple[_Search, Any]]) -> None:
         """Trials of some configurations, in order; those of an earlier session are looked up."""

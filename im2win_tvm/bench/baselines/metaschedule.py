@@ -3,7 +3,7 @@
 A folder holds the records of one problem on one device:
 ``tuning_logs/<device>/metaschedule/<problem>-<dtype>-<layout>/``, in it a MetaSchedule JSONDatabase
 (database_workload.json, database_tuning_record.json) and provenance.jsonl, a line a session. Both
-are data: a trace names scheduling steps, and reading it runs no code of its author's.
+are data: a trace names scheduling steps, and one that has more is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from ... import environment, suites, tensor_intrinsics
 from ...problem import ConvProblem
 from ...target import Target
+from ...traces import plain, refusal
 from ...tuning import lookup
 from .tvm_default import relax_module
 
@@ -119,9 +120,15 @@ def run_us(record: Any) -> float:
 
 
 def scheduled(module: Any, record: Any) -> Any:
-    """A legalized module with its conv2d scheduled by a record; pipelines leave that as it is."""
+    """A legalized module with its conv2d scheduled by a record; pipelines leave that as it is.
+
+    Raises MissingRecord where the record's trace has what TVM's rules do not make.
+    """
     from tvm import s_tir
 
+    reason = refusal(plain(record.trace.as_json()))
+    if reason is not None:
+        raise MissingRecord(reason)
     if any(instruction.kind.name == "Tensorize" for instruction in record.trace.insts):
         tensor_intrinsics.register()
     schedule = s_tir.Schedule(_as_main(prim_func(module)))
