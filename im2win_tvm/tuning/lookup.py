@@ -47,7 +47,7 @@ VARIABLE = "IM2WIN_TUNING_LOGS"
 #: The records that ship with the package.
 SHIPPED = Path(__file__).parent.parent / "tuning_logs"
 # What a configuration has to gain over the heuristic's: one kernel's medians within a run differ by
-# up to 1.1 % (docs/tuning.md).
+# about that, up to 1.4 % (docs/tuning.md).
 _GAIN = 0.01
 
 
