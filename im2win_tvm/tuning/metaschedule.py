@@ -29,6 +29,8 @@ from .templates import CpuBlockedTemplate
 
 __all__ = ["SPACES", "found", "schedule_of", "tune"]
 
+# The architecture from which there is wmma.
+_WMMA = 70
 #: The rules of TVM, or a schedule that is a template.
 SPACES = ("rules", CpuBlockedTemplate.name)
 
@@ -116,14 +118,14 @@ def found(
 
 
 def _rules(problem: ConvProblem, target: Target) -> Any:
-    """TVM's rules for processors, for CUDA cores, or in float16 for tensor cores.
+    """TVM's rules for processors, for CUDA cores, or in float16 for tensor cores (sm_70).
 
     Those have intrinsics of no other dtype of ours.
     """
     from tvm.s_tir import meta_schedule as ms
 
     kind = target.kind
-    if kind == "cuda" and problem.dtype == "float16":
+    if kind == "cuda" and problem.dtype == "float16" and target.capability >= _WMMA:
         tensor_intrinsics.register()
         kind = "cuda-tensorcore"
     return ms.space_generator.PostOrderApply(sch_rules=kind, postprocs=kind, mutator_probs=kind)
