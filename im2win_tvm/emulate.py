@@ -1,9 +1,10 @@
 """Run a CUDA schedule's kernels on a machine without a GPU.
 
 What a schedule of TensorIR computes (index arithmetic, tails, staging) is checked with every thread
-a turn of a serial loop. That does not exercise what the GPU adds: barriers, and the software
-pipeline, whose annotations are dropped. TIRx kernels say these themselves and are simulated with
-them, simplified as TVM does it; see `simulate` for what is checked.
+a turn of a serial loop. That does not exercise what the GPU adds: barriers, memory of one thread,
+two loops on the same threads, and the software pipeline, whose annotations are dropped. TIRx
+kernels say these themselves and are simulated with them, simplified as TVM does it; see `simulate`
+for what is checked.
 """
 
 from collections.abc import Callable

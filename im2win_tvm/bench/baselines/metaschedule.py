@@ -119,18 +119,18 @@ def run_us(record: Any) -> float:
     return fmean(float(seconds) for seconds in record.run_secs) * 1e6
 
 
-def scheduled(module: Any, record: Any) -> Any:
+def scheduled(module: Any, record: Any, tvm_target: Any) -> Any:
     """A legalized module with its conv2d scheduled by a record; pipelines leave that as it is.
 
-    Raises MissingRecord where the record's trace has what TVM's rules do not make.
+    Raises MissingRecord where the record's trace is none of TVM's rules'.
     """
     from tvm import s_tir
 
-    reason = refusal(plain(record.trace.as_json()))
+    if tvm_target.kind.name == "cuda":
+        tensor_intrinsics.register()
+    reason = refusal(plain(record.trace.as_json()), prim_func(module), tvm_target)
     if reason is not None:
         raise MissingRecord(reason)
-    if any(instruction.kind.name == "Tensorize" for instruction in record.trace.insts):
-        tensor_intrinsics.register()
     schedule = s_tir.Schedule(_as_main(prim_func(module)))
     record.trace.apply_to_schedule(schedule, remove_postproc=False)
     function = schedule.mod["main"].without_attr("global_symbol")

@@ -36,4 +36,4 @@ class TvmTuned(TvmDefault):
             "records": "/".join(path.parts[-3:]),
             "tuned_us": metaschedule.run_us(record),
         }
-        return metaschedule.scheduled(module, record), detail
+        return metaschedule.scheduled(module, record, tvm_target), detail
