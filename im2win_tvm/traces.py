@@ -21,8 +21,8 @@ __all__ = ["gpu", "plain", "refusal", "rules"]
 
 # The architecture from which there is wmma.
 _WMMA = 70
-# What decisions are within: loops of a kernel are no longer.
-_LARGEST = 1 << 31
+# What decisions are within: loops of a kernel are no longer, and none of ours has as many.
+_LARGEST, _LOOPS = 1 << 31, 64
 # How many threads of a processor a schedule is for. It is that of the device that was searched on.
 _PARALLEL, _THREADS = "meta_schedule.parallel", 1 << 16
 # Sketches come with a sample each, whose numbers TVM may find too large: then others are drawn.
@@ -143,7 +143,7 @@ def _made(context: Any, steps: list, decisions: list) -> list:
 def _for_any_processor(steps: list) -> list:
     """Steps without the number of threads that they are for, where it is one."""
     return [
-        ["Annotate", [step[1][0], None], *step[2:]]
+        ["Annotate", [step[1][0], None, *step[1][2:]], *step[2:]]
         if step[0] == "Annotate" and step[2] == [_PARALLEL] and _is_int(step[1][1], 1, _THREADS)
         else step
         for step in steps
@@ -182,5 +182,5 @@ _DECIDED: dict[str, Callable[[Any, list], bool]] = {
     "SamplePerfectTile": _is_tile,
     "SampleCategorical": lambda chosen, given: _is_int(chosen, 0, len(given[0])),
     # A loop by its number; -1 is to inline, -2 to leave a block where it is.
-    "SampleComputeLocation": lambda loop, _: _is_int(loop, -2, 64),
+    "SampleComputeLocation": lambda loop, _: _is_int(loop, -2, _LOOPS),
 }

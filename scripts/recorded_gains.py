@@ -42,14 +42,17 @@ HEAD = ["batch", "class", "on record", "another kernel", "gain", "most", "of"]
 
 def gain(
     problem: ConvProblem, target: CudaTarget, accuracy: str | None
-) -> tuple[float, str] | None:
-    """How much faster the selected kernel is, and its schedule; None if one is not on record."""
+) -> tuple[float, str | None] | None:
+    """How much faster the selected kernel is, and its schedule, or None if it is the heuristic's.
+
+    None if one of the two is not on record.
+    """
     taken, usual = select(problem, target, accuracy=accuracy), untuned(problem, target, accuracy)
     name, config = taken.schedule.name, json.dumps(asdict(usual.config), sort_keys=True)
     if taken.origin.time_us is None or taken.origin.device != target.device:
         return None
     if (name, taken.config) == (usual.schedule.name, usual.config):
-        return 1.0, name
+        return 1.0, None
     # Times of one kernel differ from day to day by more than kernels do.
     chosen, theirs = [], []
     for path, (number, record) in lookup.lines(lookup.SHIPPED, target.device):
@@ -70,8 +73,8 @@ def gain(
 def row(problems: list[ConvProblem], target: CudaTarget, accuracy: str | None) -> list[str]:
     """The columns of `HEAD` after the first two."""
     found = [each for p in problems if (each := gain(p, target, accuracy)) is not None]
-    gains, others = [each for each, _ in found], [entry for entry in found if entry[0] != 1.0]
-    counts = Counter(name for _, name in others)
+    gains, others = [each for each, _ in found], [name for _, name in found if name is not None]
+    counts = Counter(others)
     return [
         f"{len(found)} of {len(problems)}",
         str(len(others)),

@@ -38,7 +38,7 @@ def _record(us, day, changed=None):
 def test_a_gain_is_over_the_heuristics_record_of_the_day(script, tmp_path):
     assert script.gain(PROBLEM, H100, None) is None
     write(tmp_path, _record(9.0, 1), name=NAME)
-    assert script.gain(PROBLEM, H100, None) == (1.0, NAME)
+    assert script.gain(PROBLEM, H100, None) == (1.0, None)
     write(tmp_path, _record(12.0, 8), _record(8.0, 9, OTHER), name=NAME)
     assert script.gain(PROBLEM, H100, None) == (1.5, NAME)
     row = script.row([PROBLEM, PROBLEM.replace(batch=7)], H100, None)

@@ -45,7 +45,8 @@ class _Bounds:
 
 
 # Elements of four bytes: 48 KiB. And fragments, 16x16 of two bytes, half as much: the outputs, of
-# four bytes, go through shared memory, too.
+# four bytes, go through shared memory, too. Sums of a fragment are 8 registers of each thread, so
+# that 16 of them are half of the 255 that it has.
 _CUDA_CORES = _Bounds((64, 512), (8, 96), 8, 64, 64, 48 * 1024 // 4)
 _TENSOR_CORES = _Bounds((2, 16), (2, 16), None, 4, 8, 24 * 1024 // 512)
 
@@ -105,7 +106,7 @@ def _tiles(
         places = [place for place, parts in enumerate(levels) if parts == kind]
         return {place: _split(factors[place], kind, chance) for place in places}
 
-    block = 2 if bounds.virtual is None else 1
+    block = 2 if bounds.virtual is None else 1  # the level from which tiles are a block's
     for _ in range(_DRAWS):
         spatial = draw(_SPATIAL)
         # Which of the loops is that of the filters is not known: the one with which it fits.

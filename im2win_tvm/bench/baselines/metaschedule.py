@@ -3,7 +3,7 @@
 A folder holds the records of one problem on one device:
 ``tuning_logs/<device>/metaschedule/<problem>-<dtype>-<layout>/``, in it a MetaSchedule JSONDatabase
 (database_workload.json, database_tuning_record.json) and provenance.jsonl, a line a session. Both
-are data: a trace names scheduling steps, and one that has more is refused.
+are data: a trace names scheduling steps, and is taken only if TVM's rules make the same.
 """
 
 from __future__ import annotations
