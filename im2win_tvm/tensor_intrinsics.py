@@ -9,29 +9,98 @@ import inspect
 import sys
 import threading
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import tvm
 import tvm_ffi
 from tvm import s_tir
 
-__all__ = ["bare_stack", "building", "register"]
+__all__ = ["bare_stack", "bfloat16_rules", "building", "register"]
 
 # Where the tiles of tensor cores are, in TVM's words.
 _FRAGMENTS = "wmma."
+# Windows, filters and products of one instruction.
+_SHAPE = (16, 16, 16)
+_SHARED = "shared.dyn"
 _registering = threading.Lock()
+_registered = False
 
 
 def register() -> None:
-    """Have TVM know its intrinsics by name. Seconds, the first time."""
+    """Have TVM know its intrinsics by name, and those in bfloat16. Seconds, the first time."""
+    global _registered
     with _registering:
-        if "tvm.s_tir.tensor_intrin" in sys.modules:
+        if _registered:
             return
         kept = inspect.stack
         bare_stack()
         try:
-            import tvm.s_tir.tensor_intrin  # noqa: F401
+            from tvm.s_tir.tensor_intrin import cuda
+
+            _register_bfloat16(cuda)
         finally:
             inspect.stack = kept
+        _registered = True
+
+
+def _register_bfloat16(cuda: Any) -> None:
+    """The intrinsics in bfloat16, by the functions that make TVM's in float16.
+
+    Sums are float32's, which TVM has.
+    """
+    made = {
+        "wmma_load_16x16x16_bf16_a_shared_dyn": _load(cuda, False, False),
+        "wmma_load_16x16x16_bf16_b_shared_dyn": _load(cuda, True, False),
+        "wmma_load_16x16x16_bf16_b_trans_shared_dyn": _load(cuda, True, True),
+        "wmma_sync_16x16x16_bf16bf16f32": _sync(cuda, False),
+        "wmma_sync_16x16x16_bf16bf16f32_trans": _sync(cuda, True),
+    }
+    for name, (described, implemented) in made.items():
+        s_tir.TensorIntrin.register(name, described, implemented, override=True)
+
+
+def _load(cuda: Any, of_filters: bool, transposed: bool) -> tuple[Any, Any]:
+    return cuda.get_wmma_load_intrin(*_SHAPE, "bfloat16", _SHARED, of_filters, transposed)
+
+
+def _sync(cuda: Any, transposed: bool) -> tuple[Any, Any]:
+    return cuda.get_wmma_sync_intrin(*_SHAPE, "bfloat16", "float32", transposed)
+
+
+def bfloat16_rules() -> list[Any]:
+    """TVM's `cuda-tensorcore` rules with tiles in bfloat16 in place of those that it has.
+
+    These are its tiles in float16 by wmma, but for vectors of 3 and of 16 numbers: its code of
+    bfloat16 has none. Its tiles by mma, in a pipeline, have no counterpart here.
+    """
+    from tvm.s_tir import meta_schedule as ms
+
+    register()
+    rules = ms.schedule_rule
+    tiles = rules.MultiLevelTilingTensorCore(
+        intrin_groups=[
+            {
+                "init": "wmma_fill_16x16x16_f32",
+                "load_a": "wmma_load_16x16x16_bf16_a_shared_dyn",
+                "load_b": f"wmma_load_16x16x16_bf16_b{transposed}_shared_dyn",
+                "compute": f"wmma_sync_16x16x16_bf16bf16f32{transposed}",
+                "store": "wmma_store_16x16x16_f32_shared_dyn",
+            }
+            for transposed in ("", "_trans")
+        ],
+        structure="SSSRRSRS",
+        tile_binds=["blockIdx.y", "blockIdx.x", "threadIdx.y"],
+        max_innermost_factor=4,
+        vector_load_lens=[1, 2, 4, 8],
+        reuse_read=rules.ReuseType(req="must", levels=[4], scope=_SHARED),
+        reuse_write=rules.ReuseType(req="must", levels=[2], scope=_SHARED),
+        use_software_pipeline=False,
+    )
+    every = list(ms.ScheduleRule.create("cuda-tensorcore"))
+    theirs = [isinstance(rule, rules.MultiLevelTilingTensorCore) for rule in every]
+    first = theirs.index(True)
+    others = [rule for rule, tensor in zip(every, theirs, strict=True) if not tensor]
+    return [*others[:first], tiles, *others[first:]]
 
 
 def bare_stack() -> None:

@@ -19,8 +19,8 @@ from .target import CpuTarget, Target
 
 __all__ = ["gpu", "plain", "refusal", "rules"]
 
-# The architecture from which there is wmma.
-_WMMA = 70
+# The architectures from which there is wmma, by dtype.
+_WMMA = {"float16": 70, "bfloat16": 80}
 # What decisions are within: loops of a kernel are no longer, and none of ours has as many.
 _LARGEST, _LOOPS = 1 << 31, 64
 # How many threads of a processor a schedule is for. It is that of the device that was searched on.
@@ -30,17 +30,19 @@ _SEEDS = range(1, 9)
 
 
 def rules(problem: ConvProblem, target: Target) -> Any:
-    """TVM's rules for processors, for CUDA cores, or in float16 for tensor cores.
-
-    Those have intrinsics of no other dtype of ours.
-    """
+    """TVM's rules for processors, for CUDA cores, or in float16 and bfloat16 for tensor cores."""
     from tvm.s_tir import meta_schedule as ms
 
     kind = "llvm" if isinstance(target, CpuTarget) else "cuda"
-    if kind == "cuda" and problem.dtype == "float16" and target.capability >= _WMMA:
+    steps: Any = None
+    if kind == "cuda" and target.capability >= _WMMA.get(problem.dtype, math.inf):
         tensor_intrinsics.register()
         kind = "cuda-tensorcore"
-    return ms.space_generator.PostOrderApply(sch_rules=kind, postprocs=kind, mutator_probs=kind)
+        if problem.dtype == "bfloat16":
+            steps = tensor_intrinsics.bfloat16_rules()
+    return ms.space_generator.PostOrderApply(
+        sch_rules=steps or kind, postprocs=kind, mutator_probs=kind
+    )
 
 
 def gpu(arch: str = "sm_90") -> Any:

@@ -42,7 +42,6 @@ from im2win_tvm.bench.run import limits_for  # noqa: E402
 from im2win_tvm.problem import ConvProblem, ProblemError  # noqa: E402
 from im2win_tvm.target import Target, TargetError, resolve  # noqa: E402
 from im2win_tvm.tuning import lookup, metaschedule  # noqa: E402
-from im2win_tvm.tuning.measuring import Measurer  # noqa: E402
 from im2win_tvm.tuning.records import key_of  # noqa: E402
 from im2win_tvm.tuning.session import Session  # noqa: E402
 
@@ -82,18 +81,6 @@ def dry_run(problems: dict[str, ConvProblem], trials: int) -> None:
         print(f"{name}: {built} of {tried} candidates built", flush=True)
         if tried == 0 or built < tried:
             sys.exit(1)
-
-
-class Turns(Measurer):
-    """Measures when no other process of this script uses the GPU."""
-
-    def __init__(self, kind: str, lock: Path | None) -> None:
-        super().__init__(kind)
-        self._lock = lock
-
-    def measure(self, *asked):
-        with metaschedule_machinery.turn(self._lock):
-            return super().measure(*asked)
 
 
 def searched(
@@ -274,8 +261,7 @@ def _some(waiting, ended, target: Target, asked, lock: Path | None, end: float |
             "num_tuning_cores": share,
         }
     limits = limits_for(target, asked.time_limit)
-    measurer = Turns(target.kind, lock)
-    with Session(target, asked.out, share, limits, measurer=measurer) as session:
+    with Session(target, asked.out, share, limits, lock=lock) as session:
         while True:
             try:
                 name, problem, expression = waiting.get_nowait()

@@ -2,6 +2,11 @@
 
 import multiprocessing
 import re
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import failing_build
 import numpy as np
@@ -14,6 +19,7 @@ from im2win_tvm.bench import timing
 from im2win_tvm.bench.operands import HostOperands, TorchOperands
 from im2win_tvm.tuning import measuring
 from im2win_tvm.tuning.measuring import Measurement, Measurer, TuningError
+from im2win_tvm.turns import turn
 
 BRIEF = timing.Limits(warmup=0.001, seconds=0.001, least=3, most=5)
 
@@ -85,6 +91,42 @@ def test_a_kernel_that_takes_its_process_down_is_lost_alone(
     assert re.fullmatch(error, result.error)
     measurer._patience = measuring.PATIENCE
     assert measurer.measure(PROBLEM, [good], BRIEF)[0].passed
+
+
+def test_of_those_that_name_a_file_one_measures_at_a_time(tmp_path, monkeypatch):
+    lock, inside, seen = tmp_path / "gpu", [], []
+
+    def together(self, problem, libraries, limits):
+        inside.append(self)
+        time.sleep(0.05)
+        seen.append(len(inside))
+        inside.remove(self)
+        return [Measurement(passed=True)]
+
+    monkeypatch.setattr(Measurer, "_together", together)
+
+    def most(*locks):
+        seen.clear()
+        measure = [Measurer("llvm", lock=each).measure for each in locks]
+        with ThreadPoolExecutor(len(locks)) as pool:
+            futures = [pool.submit(each, PROBLEM, ["a"], BRIEF) for each in 2 * measure]
+        assert all(future.result()[0].passed for future in futures)
+        return max(seen)
+
+    assert most(lock, lock) == 1
+    assert most(lock, None) == 2
+
+
+def test_a_process_that_is_killed_gives_its_turn_back(tmp_path):
+    script = "import sys, time\nfrom im2win_tvm.turns import turn\n"
+    script += "with turn(sys.argv[1]):\n    print('has it', flush=True)\n    time.sleep(60)\n"
+    lock = tmp_path / "gpu"
+    with subprocess.Popen([sys.executable, "-c", script, lock], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"has it\n"
+        began = time.monotonic()
+        threading.Timer(0.3, other.kill).start()
+        with turn(lock):
+            assert 0.2 < time.monotonic() - began < 30
 
 
 def test_of_several_the_bad_one_is_lost_alone(kernel, measurer, tmp_path):

@@ -82,6 +82,7 @@ def _record(problem, seconds, mark):
         PROBLEM,
         PROBLEM.replace(layout="NHWC", groups=1),
         ConvProblem(1, 3, (6, 7), 4, (3, 2), padding=1, dilation=(1, 2), dtype="float16"),
+        ConvProblem(1, 3, (6, 7), 4, (3, 2), padding=1, dilation=(1, 2), dtype="bfloat16"),
     ],
     ids=str,
 )
@@ -102,7 +103,8 @@ def test_the_best_record_is_built_and_computes_the_convolution(problem, logs):
     prepared = entry.prepare(operands, LLVM)
     outcome = operands.check(prepared.view(prepared.call()))
     assert outcome.relative_error < (1e-6 if problem.dtype == "float32" else 1e-2)
-    assert ("accumulates" in prepared.detail) == (problem.dtype == "float16")
+    sums = {"float16": "float16", "bfloat16": "float32"}.get(problem.dtype)
+    assert prepared.detail.get("accumulates") == sums
 
 
 def test_records_of_the_users_own_come_first(logs, tmp_path, monkeypatch):
@@ -250,6 +252,22 @@ def test_a_search_on_cuda_begins_with_samples_that_fit(tmp_path, monkeypatch):
         record.trace.apply_to_schedule(schedule, remove_postproc=False)
         (threads,) = set(re.findall(r'(\d+)\), thread="threadIdx.x"', str(schedule.mod)))
         assert int(threads) in range(32, 1025)
+
+
+def test_conv2d_in_bfloat16_is_searched_on_tensor_cores(logs, as_it_is, monkeypatch):
+    """By the same intrinsics as the im2win expressions, and its record is taken."""
+    gpu, target = metaschedule_tuning.dry_target(), CudaTarget("sm_90", "NVIDIA H200")
+    monkeypatch.setattr(metaschedule_tuning, "tvm_target_here", lambda _: gpu)
+    monkeypatch.setattr(metaschedule_tuning, "choose_cuda_compiler", lambda: None)
+    monkeypatch.setattr(metaschedule_tuning, "_FIRST", 1)
+    problem = ConvProblem(16, 32, (34, 34), 64, 3, layout="NHWC", dtype="bfloat16")
+    given = machinery()
+    del given["strategy"]
+    line = metaschedule_tuning.tune(problem, target, 1, 1, **given)
+    assert (line["trials"], line["ran"]) == (1, 1)
+    module, detail = TvmTuned().module(problem, target, gpu)
+    assert detail["tuned_us"] == pytest.approx(line["best_us"])
+    assert "mma_sync" in str(metaschedule.prim_func(module))
 
 
 def test_a_search_on_cuda_without_samples_that_fit_begins_as_tvms_does(tmp_path, monkeypatch):

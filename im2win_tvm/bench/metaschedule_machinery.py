@@ -8,17 +8,15 @@ one GPU.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..tensor_intrinsics import bare_stack, building
+from ..turns import turn
 
-__all__ = ["builder", "runner", "turn"]
+__all__ = ["builder", "runner"]
 
 # Seconds for one candidate: some unroll a thousand products, and compilers take minutes for them.
 _BUILD, _RUN = 40, 40
@@ -85,19 +83,3 @@ def _unfilled(device: Any, args_info: Any, alloc_repeat: int) -> list[list[Any]]
     from tvm.s_tir.meta_schedule.runner.utils import alloc_argument_common
 
     return alloc_argument_common(lambda tensor: None, device, args_info, alloc_repeat)
-
-
-@contextmanager
-def turn(lock: Path | None) -> Iterator[None]:
-    """Alone among those that name the same file; None waits for nobody."""
-    if lock is None:
-        yield
-        return
-    import fcntl
-
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)  # which gives the lock back

@@ -78,6 +78,9 @@ def tune(
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="metaschedule-") as work:
         function = metaschedule.prim_func(metaschedule.legalized(problem, tvm_target))
+        make_rules = metaschedule.rules_of(problem, target)
+        if make_rules is not None:
+            machinery = {"space": make_rules(), **machinery}
         measured, ran = search(
             function, tvm_target, Path(work), trials, per_round, deadline, seed, machinery
         )

@@ -122,6 +122,16 @@ def tune(
         ),
     ] = False,
     jobs: JobsOption = None,
+    lock: Annotated[
+        Path | None,
+        typer.Option(
+            "--lock",
+            metavar="FILE",
+            help="Of several commands that name FILE one measures at a time: while it does, the "
+            "others build. For searches side by side on one GPU, with --jobs a share of the "
+            "processors each.",
+        ),
+    ] = None,
     tracker: TrackerOption = None,
     device_key: DeviceKeyOption = None,
     local_gpus: LocalGpusOption = None,
@@ -169,6 +179,8 @@ def tune(
     resolved = resolve(target, arch=arch)
     measurer = fleet(context, resolved, tracker, device_key, local_gpus)
     resolved = resolved if measurer is None else measurer.target
+    if lock is not None:
+        _check_lock(lock, resolved, measurer is not None)
     schedule = known_schedule(schedule, resolved.kind)
     place = out or next(iter(lookup.named_places()), Path("tuning_logs"))
     trials = trials or (5 if again else 64)
@@ -204,7 +216,7 @@ def tune(
     with (
         _interrupts() as asked,
         Session(
-            resolved, place, jobs, resume=resume, interrupted=asked, measurer=measurer
+            resolved, place, jobs, resume=resume, interrupted=asked, measurer=measurer, lock=lock
         ) as session,
     ):
         # While processes that build start.
@@ -255,6 +267,20 @@ def tune(
         raise typer.Exit(_INTERRUPTED)
     if failed or any(result.wrong or result.best() is None for result in results):
         raise typer.Exit(1)
+
+
+def _check_lock(lock: Path, target: Target, servers: bool) -> None:
+    """Raise BadParameter where a lock says nothing, or cannot be made."""
+    if servers:
+        raise typer.BadParameter("--lock: allowed without --tracker and --local-gpus")
+    if target.kind != "cuda":
+        raise typer.BadParameter(
+            f"--lock: target={target.kind}: allowed: cuda; others' builds would take its processors"
+        )
+    try:
+        lock.touch()
+    except OSError as error:
+        raise typer.BadParameter(f"--lock={lock}: {error.strerror}") from None
 
 
 @contextmanager

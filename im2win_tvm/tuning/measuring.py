@@ -21,6 +21,7 @@ from ..bench import timing
 from ..bench.operands import Operands, operands_for
 from ..kernel import Kernel, load
 from ..problem import ConvProblem
+from ..turns import turn
 
 __all__ = ["Measurement", "Measurer", "TuningError", "first_line"]
 
@@ -55,14 +56,17 @@ class Measurement:
 class Measurer:
     """Runs kernels in a child process; a context manager.
 
-    kind: of the target, "llvm" or "cuda". patience: seconds, see PATIENCE. width: kernels that are
-    worth having ready at once.
+    kind: of the target, "llvm" or "cuda". patience: seconds, see PATIENCE. lock: a file; of the
+    measurers that name it one measures at a time. width: kernels that are worth having ready at
+    once.
     """
 
     width = 1
 
-    def __init__(self, kind: str, patience: float = PATIENCE) -> None:
-        self._kind, self._patience = kind, patience
+    def __init__(
+        self, kind: str, patience: float = PATIENCE, lock: Path | None = None
+    ) -> None:
+        self._kind, self._patience, self._lock = kind, patience, lock
         # Not forked: a CUDA context does not survive that.
         self._context = multiprocessing.get_context("spawn")
         self._process: Any = None
@@ -91,8 +95,15 @@ class Measurer:
         """Check exported kernels of `problem`, and time those that are right, by turns.
 
         One result each. Of several, those with an error are measured once more, each alone: which
-        of them it was is not known. Raises TuningError where the problem cannot be measured at all.
+        of them it was is not known. Raises TuningError where the problem cannot be measured at all,
+        and OSError where the lock cannot be had.
         """
+        with turn(self._lock):
+            return self._at_once(problem, libraries, limits)
+
+    def _at_once(
+        self, problem: ConvProblem, libraries: list[Path], limits: timing.Limits
+    ) -> list[Measurement]:
         results = self._together(problem, libraries, limits)
         if len(libraries) > 1:
             for index, result in enumerate(results):

@@ -99,7 +99,8 @@ class Session:
     """Measures configurations and records them; a context manager.
 
     place: the folder of the logs, `<place>/<device>/<schedule>.jsonl`. jobs: processes that build;
-    None is what pays. resume: take what the logs have already instead of measuring it.
+    None is what pays. resume: take what the logs have already instead of measuring it. lock: a
+    file; of the sessions that name it one measures at a time.
     interrupted: whether Ctrl-C was pressed; asked between trials, because TVM turns a
     KeyboardInterrupt that meets it in a callback into an error like any other. `watcher` may be set
     to one that shows what happens. Raises TuningError where the target's kernels cannot be measured
@@ -115,10 +116,11 @@ class Session:
         resume: bool = False,
         interrupted: Callable[[], bool] = lambda: False,
         measurer: Measurer | Fleet | None = None,
+        lock: Path | None = None,
     ) -> None:
         if measurer is None:
             _require(target)
-            measurer = Measurer(target.kind)
+            measurer = Measurer(target.kind, lock=lock)
         self._target = target
         self._device = environment.device_name(target)
         self._folder = Path(place) / environment.slug(self._device)

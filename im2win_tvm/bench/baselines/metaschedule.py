@@ -8,6 +8,7 @@ are data: a trace names scheduling steps, and is taken only if TVM's rules make 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from ... import environment, suites, tensor_intrinsics
 from ...problem import ConvProblem
 from ...target import Target
-from ...traces import plain, refusal
+from ...traces import plain, refusal, rules
 from ...tuning import lookup
 from .tvm_default import relax_module
 
@@ -31,8 +32,10 @@ __all__ = [
     "has_records",
     "legalized",
     "prim_func",
+    "rules_of",
     "run_us",
     "scheduled",
+    "sums",
 ]
 
 #: Records that ship, where those of the package's own schedules do.
@@ -40,8 +43,6 @@ TUNING_LOGS = lookup.SHIPPED
 PROVENANCE = "provenance.jsonl"
 SCRIPT = "python scripts/tune_metaschedule.py --expressions conv2d"
 _FILES = ("database_workload.json", "database_tuning_record.json")
-# What Relax calls the function that computes R.nn.conv2d.
-_NAME = "conv2d"
 
 
 class MissingRecord(LookupError):
@@ -78,17 +79,49 @@ def fill_command(problem: ConvProblem, target: Target) -> str:
     return f"{SCRIPT} {problem} {options}"
 
 
+def sums(problem: ConvProblem) -> str:
+    """What the conv2d that is tuned sums in: its dtype, as TVM's default does.
+
+    But for bfloat16, which no tensor core sums in: float32, and a cast in the same function, which
+    is what TVM's passes make of such a conv2d in a model.
+    """
+    return "float32" if problem.dtype == "bfloat16" else problem.dtype
+
+
 def legalized(problem: ConvProblem, tvm_target: Any) -> Any:
     """TVM's default module for a problem once its conv2d is a PrimFunc of TOPI's."""
+    import tvm
     from tvm import relax
 
+    passes = [relax.transform.LegalizeOps()]
+    if sums(problem) != problem.dtype:
+        passes += [
+            relax.transform.AnnotateTIROpPattern(),
+            relax.transform.FuseOps(),
+            relax.transform.FuseTIR(),
+        ]
     with tvm_target:
-        return relax.transform.LegalizeOps()(relax_module(problem))
+        return tvm.transform.Sequential(passes)(relax_module(problem, sums(problem)))
 
 
 def prim_func(module: Any) -> Any:
     """The PrimFunc of a legalized module: what is tuned, and what a record is looked up by."""
-    return module[_NAME]
+    return module[_variable(module)]
+
+
+def _variable(module: Any) -> Any:
+    """What the one PrimFunc of a legalized module is called by."""
+    (variable,) = (
+        variable for variable in module.get_global_vars() if variable.name_hint != "main"
+    )
+    return variable
+
+
+def rules_of(problem: ConvProblem, target: Target) -> Callable[[], Any] | None:
+    """What makes the rules for a problem's conv2d; None where they are TVM's for the target."""
+    if target.kind == "cuda" and problem.dtype == "bfloat16":
+        return lambda: rules(problem, target)
+    return None
 
 
 def best_record(path: Path, function: Any) -> Any:
@@ -119,8 +152,12 @@ def run_us(record: Any) -> float:
     return fmean(float(seconds) for seconds in record.run_secs) * 1e6
 
 
-def scheduled(module: Any, record: Any, tvm_target: Any) -> Any:
+def scheduled(
+    module: Any, record: Any, tvm_target: Any, make_rules: Callable[[], Any] | None = None
+) -> Any:
     """A legalized module with its conv2d scheduled by a record; pipelines leave that as it is.
+
+    make_rules: those of the search, None where they are what TVM takes for the target.
 
     Raises MissingRecord where the record's trace is none of TVM's rules'.
     """
@@ -128,14 +165,14 @@ def scheduled(module: Any, record: Any, tvm_target: Any) -> Any:
 
     if tvm_target.kind.name == "cuda":
         tensor_intrinsics.register()
-    reason = refusal(plain(record.trace.as_json()), prim_func(module), tvm_target)
+    reason = refusal(plain(record.trace.as_json()), prim_func(module), tvm_target, make_rules)
     if reason is not None:
         raise MissingRecord(reason)
     schedule = s_tir.Schedule(_as_main(prim_func(module)))
     record.trace.apply_to_schedule(schedule, remove_postproc=False)
     function = schedule.mod["main"].without_attr("global_symbol")
     module = module.clone()
-    module.update_func(module.get_global_var(_NAME), function.with_attr("tirx.is_scheduled", True))
+    module.update_func(_variable(module), function.with_attr("tirx.is_scheduled", True))
     return module
 
 

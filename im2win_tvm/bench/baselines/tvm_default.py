@@ -36,6 +36,10 @@ class TvmDefault:
             return f"input_size={problem.input_size}: conv2d takes two spatial axes"
         return None
 
+    def sums(self, problem: ConvProblem) -> str:
+        """The dtype that products are summed in."""
+        return problem.dtype
+
     def module(self, problem: ConvProblem, target: Target, tvm_target: Any) -> tuple[Any, dict]:
         """The IRModule that the default pipeline gets, and what a record says of it."""
         detail: dict[str, Any] = {"pipeline": "TVM's default for the target"}
@@ -55,7 +59,7 @@ class TvmDefault:
         tvm_target = tvm_target_here(target)
         module, detail = self.module(problem, target, tvm_target)
         if problem.itemsize == 2:
-            detail["accumulates"] = problem.dtype
+            detail["accumulates"] = self.sums(problem)
         # `with`: CUDA's architecture is taken from the current target.
         with tvm_target, building(module):
             executable = tvm.compile(module, target=tvm_target)
@@ -84,8 +88,11 @@ def tvm_target_here(target: Target) -> Any:
     return tvm.target.Target.from_device(tvm.cuda())
 
 
-def relax_module(problem: ConvProblem) -> Any:
-    """A Relax module with `main(x, w)`; w in OIHW, or in OHWI where channels are last."""
+def relax_module(problem: ConvProblem, sums: str | None = None) -> Any:
+    """A Relax module with `main(x, w)`; w in OIHW, or in OHWI where channels are last.
+
+    sums: the dtype of conv2d's output, which is then cast; None is the problem's.
+    """
     from tvm import relax
 
     (top, bottom), (left, right) = problem.padding
@@ -106,8 +113,10 @@ def relax_module(problem: ConvProblem) -> Any:
                 groups=problem.groups,
                 data_layout=problem.layout,
                 kernel_layout="OHWI" if last else "OIHW",
-                out_dtype=problem.dtype,
+                out_dtype=sums or problem.dtype,
             )
+            if sums not in (None, problem.dtype):
+                y = relax.op.astype(builder.emit(y), problem.dtype)
             y = builder.emit_output(builder.emit(y))
         builder.emit_func_output(y)
     return builder.get()

@@ -27,6 +27,9 @@ class TvmTuned(TvmDefault):
             )
         return reason
 
+    def sums(self, problem: ConvProblem) -> str:
+        return metaschedule.sums(problem)
+
     def module(self, problem: ConvProblem, target: Target, tvm_target: Any) -> tuple[Any, dict]:
         path = metaschedule.found_folder(problem, target)
         module = metaschedule.legalized(problem, tvm_target)
@@ -36,4 +39,5 @@ class TvmTuned(TvmDefault):
             "records": "/".join(path.parts[-3:]),
             "tuned_us": metaschedule.run_us(record),
         }
-        return metaschedule.scheduled(module, record, tvm_target), detail
+        make_rules = metaschedule.rules_of(problem, target)
+        return metaschedule.scheduled(module, record, tvm_target, make_rules), detail
