@@ -151,6 +151,29 @@ def test_bench_against_tuned_and_untuned(logs):
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_ships_is_taken_by_a_process_that_knows_nothing_yet(dtype):
+    """Intrinsics have names that TVM looks up when it reads a trace, and when it makes rules."""
+    done = subprocess.run(
+        [sys.executable, "-c", _TAKEN, dtype], capture_output=True, text=True, check=False
+    )
+    tensor_cores = dtype != "float32"
+    assert done.stdout.splitlines() == [str(tensor_cores)], done.stderr
+
+
+_TAKEN = """
+import sys
+from im2win_tvm.bench.baselines.tvm_tuned import TvmTuned
+from im2win_tvm.suites import suite
+from im2win_tvm.target import CudaTarget
+from im2win_tvm.traces import gpu
+
+problem = suite("paper", 128, sys.argv[1], "NHWC")["conv9"]
+module, _ = TvmTuned().module(problem, CudaTarget("sm_90", "NVIDIA H200"), gpu())
+print("mma_sync" in str(module))
+"""
+
+
 def test_the_command_that_fills_a_suite():
     from im2win_tvm.suites import suite
 
@@ -268,6 +291,42 @@ def test_conv2d_in_bfloat16_is_searched_on_tensor_cores(logs, as_it_is, monkeypa
     module, detail = TvmTuned().module(problem, target, gpu)
     assert detail["tuned_us"] == pytest.approx(line["best_us"])
     assert "mma_sync" in str(metaschedule.prim_func(module))
+
+
+@pytest.mark.parametrize("strategy", [None, "replay-trace"])
+def test_a_space_that_tvm_cannot_make_is_drawn_again(strategy, tmp_path, monkeypatch):
+    """By other seeds, and not for ever. Of conv4's in float16 one of thirty seeds is such."""
+    seeds, fails = [], 2
+
+    def too_large(given):
+        seeds.append(given)
+        if len(seeds) <= fails:
+            raise s_tir.ScheduleError("not a stage pipeline")
+        return []
+
+    monkeypatch.setattr(ms, "tune_tir", lambda *_, seed, **__: too_large(seed))
+    sampling = "im2win_tvm.bench.metaschedule_population.sampled"
+    monkeypatch.setattr(sampling, lambda context, *_: too_large(int(context.rand_state)))
+    target = metaschedule_tuning.dry_target()
+    function = metaschedule.prim_func(metaschedule.legalized(PROBLEM, target))
+    given = machinery() | {"strategy": strategy}
+    if strategy is None:  # it begins with samples, which are none here, and goes on as TVM does
+        del given["strategy"]
+
+    def search():
+        metaschedule_tuning.search(function, target, tmp_path, 5, 2, None, 7, given)
+
+    search()
+    if strategy is None:  # those are what TVM makes of them
+        assert len({*seeds[:3]}) == 3
+        assert seeds[3:] == [7]
+    else:
+        assert seeds == [7, 8, 9]
+    seeds.clear()
+    fails = 99
+    with pytest.raises(s_tir.ScheduleError, match="not a stage pipeline"):
+        search()
+    assert len({*seeds}) == len(seeds) == 4
 
 
 def test_a_search_on_cuda_without_samples_that_fit_begins_as_tvms_does(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ def _reason(dtype, change=lambda trace: None):
     return metaschedule.CUDA.check(metaschedule.Config(json.dumps(trace)), problem, GPU)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_trace_of_a_search_is_allowed(dtype):
     assert _reason(dtype) is None
 
@@ -117,7 +117,7 @@ def test_an_edited_trace_is_refused(edit):
     assert len(reason) < 400
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("seed", range(2))
 def test_no_step_may_be_left_out_doubled_or_moved(dtype, seed):
     """Before postprocessing and in it."""

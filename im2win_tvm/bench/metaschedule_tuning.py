@@ -181,21 +181,26 @@ def search(
         _begin(function, tvm_target, work, min(trials, max(per_round, _FIRST)), seed, given, rounds)
         if rounds.tried >= trials or (rounds.tried and not rounds.ran) or rounds.late():
             return rounds.tried, rounds.ran
-    try:
-        ms.tune_tir(
-            function,
-            tvm_target,
-            str(work),
-            trials - rounds.tried,
-            num_trials_per_iter=min(per_round, trials - rounds.tried),
-            measure_callbacks=[*ms.MeasureCallback.create("default"), rounds],
-            seed=seed,
-            **given,
-        )
-    except RuntimeError:
-        # What a callback raises arrives as this: the only way to end a search early.
-        if not rounds.over:
-            raise
+    before = rounds.tried
+    for chance in _chances(seed):
+        try:
+            ms.tune_tir(
+                function,
+                tvm_target,
+                str(work),
+                trials - before,
+                num_trials_per_iter=min(per_round, trials - before),
+                measure_callbacks=[*ms.MeasureCallback.create("default"), rounds],
+                seed=chance,
+                **given,
+            )
+            break
+        except RuntimeError:
+            # What a callback raises arrives as this: the only way to end a search early.
+            if rounds.over:
+                break
+            if rounds.tried > before or chance == _chances(seed)[-1]:
+                raise
     return rounds.tried, rounds.ran
 
 
@@ -214,18 +219,25 @@ def _begin(
     from .metaschedule_population import sampled
 
     module = ms.tir_integration._normalize_mod(function)
-    context = ms.TuneContext(
-        mod=module,
-        target=tvm_target,
-        space_generator=given.get("space", "post-order-apply"),
-        search_strategy="evolutionary",
-        task_name="main",
-        rand_state=seed,
-        num_threads=1,
-    ).clone()
+    for chance in _chances(seed):
+        context = ms.TuneContext(
+            mod=module,
+            target=tvm_target,
+            space_generator=given.get("space", "post-order-apply"),
+            search_strategy="evolutionary",
+            task_name="main",
+            rand_state=chance,
+            num_threads=1,
+        ).clone()
+        try:
+            schedules = sampled(context, count, seed)
+            break
+        except RuntimeError:
+            if chance == _chances(seed)[-1]:
+                raise
     candidates = [
         ms.MeasureCandidate(schedule, ms.arg_info.ArgInfo.from_entry_func(schedule.mod, True))
-        for schedule in sampled(context, count, seed)
+        for schedule in schedules
     ]
     if not candidates:
         return
@@ -270,6 +282,14 @@ def _begin(
             genetic_num_iters=3,
         ),
     }
+
+
+def _chances(seed: int) -> range:
+    """Seeds to try in turn: with one in thirty TVM draws numbers that are too large for itself.
+
+    It does so where it makes the space of a convolution of many windows, before any trial.
+    """
+    return range(seed, seed + 4)
 
 
 def _rounds(deadline: float | None) -> Any:

@@ -63,9 +63,7 @@ class Measurer:
 
     width = 1
 
-    def __init__(
-        self, kind: str, patience: float = PATIENCE, lock: Path | None = None
-    ) -> None:
+    def __init__(self, kind: str, patience: float = PATIENCE, lock: Path | None = None) -> None:
         self._kind, self._patience, self._lock = kind, patience, lock
         # Not forked: a CUDA context does not survive that.
         self._context = multiprocessing.get_context("spawn")

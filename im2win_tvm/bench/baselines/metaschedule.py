@@ -42,7 +42,8 @@ __all__ = [
 TUNING_LOGS = lookup.SHIPPED
 PROVENANCE = "provenance.jsonl"
 SCRIPT = "python scripts/tune_metaschedule.py --expressions conv2d"
-_FILES = ("database_workload.json", "database_tuning_record.json")
+_RECORDS = "database_tuning_record.json"
+_FILES = ("database_workload.json", _RECORDS)
 
 
 class MissingRecord(LookupError):
@@ -132,6 +133,9 @@ def best_record(path: Path, function: Any) -> Any:
     """
     from tvm.s_tir import meta_schedule as ms
 
+    # TVM looks intrinsics up by name when it reads a trace.
+    if '"Tensorize"' in (path / _RECORDS).read_text():
+        tensor_intrinsics.register()
     database = ms.database.JSONDatabase(work_dir=str(path), allow_missing=False)
     module = _as_main(function)
     # Asked first: a query would write a workload that is not there into the file.
