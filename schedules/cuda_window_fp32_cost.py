@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..problem import ConvProblem
 from ..target import CudaTarget
-from .cuda_window_cost import _evenly, _moved, _tiles, _together
+from .cuda_window_cost import _evenly, _moved, _tiles, _together, clusters
 from .cuda_window_fp32_tiles import Config, SplitGeometry
 from .cuda_window_tiles import BLOCK_BYTES
 from .hopper import WGMMA_K_BYTES, WGMMA_M
@@ -113,10 +113,6 @@ def cycles(g: SplitGeometry, grid: int, target: CudaTarget) -> float:
     store = c.pixels / 8 * c.consumers * _STORE * (_SHORT if short else 1)
     if c.split > 1:
         store += _CLUSTER + _CLUSTER_PIXEL * c.pixels * c.consumers
-    waves = -(-g.tiles // grid)
-    if c.split > 1:
-        # Clusters of three and more leave some multiprocessors without work.
-        room = target.multiprocessors - (12 if c.split > 2 else 0)
-        waves = -(-g.tiles // max(1, room // c.split))
+    waves = -(-g.tiles // (clusters(c.split, target) if c.split > 1 else grid))
     busy = _LAUNCH + waves * (product + store)
     return _together(busy, _moved(g) / _DRAM + _LAUNCH)
