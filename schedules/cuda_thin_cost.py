@@ -104,7 +104,8 @@ def _channels(problem: ConvProblem) -> list[int]:
 # for a tile, and for a step of K; of a producing warp for a stage, a row, a load of an element, and
 # the cycles from one of these to the next; of a warpgroup that nobody disturbs the cycles from
 # group to group of steps beside those of the products, and for a tile's outputs; of shared memory
-# for a word of each thread; of a launch with the first rows, and of each KiB of a filter.
+# for a word of each thread; of a launch with the first rows, and of each KiB of a filter, which
+# every block reads for itself.
 _TILE, _STEP = 145.0, 2.45
 _STAGE, _ROW, _ELEMENTS, _EACH = 17.0, 12.6, 5.9, 6.5
 _GROUP, _OUTPUTS, _WORD = 135.0, 273.0, 6.6
@@ -142,7 +143,7 @@ def cycles(g: Geometry, target: CudaTarget) -> float:
         waiting / together,
         _moved(g) / _DRAM,
     )
-    return _LAUNCH + _FILTER * g.filter_bytes / 1024 + busy
+    return _LAUNCH + _FILTER * g.filter_bytes / 1024 * together + busy
 
 
 def _producing(g: Geometry, rows: float) -> tuple[float, float]:
