@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
 from tuning_records import CPU, H100, PROBLEM, failed, make, write
 from typer.testing import CliRunner
 
@@ -19,6 +20,7 @@ import im2win_tvm
 from im2win_tvm import Epilogue, environment, toolchain
 from im2win_tvm.bench import timing
 from im2win_tvm.cli import app
+from im2win_tvm.cli.tune import _check_lock
 from im2win_tvm.schedules import SCHEDULES
 from im2win_tvm.select import select
 from im2win_tvm.target import CudaTarget
@@ -401,3 +403,22 @@ def test_refusals(tune, place, arguments, message):
 def test_tuning_needs_the_device():
     with pytest.raises(TuningError, match=r"target='cuda \(sm_90\)': tuning measures"):
         session.Session(CudaTarget("sm_90"), Path("."))
+
+
+def test_a_lock_that_says_nothing_or_cannot_be_is_refused(tune, tmp_path):
+    lock, gpu = tmp_path / "lock", CudaTarget("sm_90a")
+
+    def said(*arguments):
+        result = tune(TEXT, "--lock", lock, *arguments)
+        assert result.exit_code == 2
+        return " ".join(result.stderr.replace("│", " ").split())
+
+    assert "--lock: target=llvm: allowed: cuda" in said()
+    assert "--lock: allowed without --verify-logs" in said("--verify-logs")
+    with pytest.raises(typer.BadParameter, match="--lock: allowed without --tracker and --local-"):
+        _check_lock(lock, gpu, True)
+    with pytest.raises(typer.BadParameter, match=f"--lock={tmp_path}: Is a directory"):
+        _check_lock(tmp_path, gpu, False)
+    assert list(tmp_path.iterdir()) == []
+    _check_lock(lock, gpu, False)
+    assert lock.read_bytes() == b""

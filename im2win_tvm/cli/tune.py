@@ -169,6 +169,7 @@ def tune(
     from ..tuning.plan import again as recorded_plans
     from ..tuning.plan import plans as plans_of
     from ..tuning.session import Session
+    from ..turns import turn
     from . import tune_text
     from .tune_problems import of_model
     from .tune_view import watching
@@ -180,6 +181,8 @@ def tune(
     measurer = fleet(context, resolved, tracker, device_key, local_gpus)
     resolved = resolved if measurer is None else measurer.target
     if lock is not None:
+        if verify_logs:
+            raise typer.BadParameter("--lock: allowed without --verify-logs")
         _check_lock(lock, resolved, measurer is not None)
     schedule = known_schedule(schedule, resolved.kind)
     place = out or next(iter(lookup.named_places()), Path("tuning_logs"))
@@ -229,7 +232,8 @@ def tune(
                 learn=places if learn else None,
                 known=elsewhere(chosen, resolved, places),
             )
-        floor = _floor(resolved, plans)
+        with turn(lock):
+            floor = _floor(resolved, plans)
         deadline = Deadline(time_limit, (plan.count for plan in plans))
         with watching(plans, trials, floor, deadline) as session.watcher:
             for plan in plans:
@@ -278,7 +282,7 @@ def _check_lock(lock: Path, target: Target, servers: bool) -> None:
             f"--lock: target={target.kind}: allowed: cuda; others' builds would take its processors"
         )
     try:
-        lock.touch()
+        lock.open("a").close()
     except OSError as error:
         raise typer.BadParameter(f"--lock={lock}: {error.strerror}") from None
 

@@ -50,8 +50,8 @@ SEARCH = timing.Limits(warmup=0.02, seconds=0.06, least=5, most=20)
 #: Configurations of each schedule that are measured again with the full protocol.
 FINALISTS = 4
 #: A schedule whose first configuration takes so many times as long as the fastest of all schedules
-#: has no other trial. Of 79 problems that were searched with all schedules the fastest one's first
-#: took up to 1.58 times as long as another's; CUDA cores lose more against tensor cores.
+#: has no other trial. In 89 searches of all schedules the fastest one's first took up to 1.58
+#: times as long as another's; CUDA cores lose more against tensor cores.
 HOPELESS = 2.0
 #: One whose best takes so many times as long after a quarter of its trials has none of the others:
 #: of 25 searches on an H200 none gained more than half a percent after its first 16 of 64.
