@@ -46,7 +46,8 @@ def register() -> None:
 def _register_bfloat16(cuda: Any) -> None:
     """The intrinsics in bfloat16, by the functions that make TVM's in float16.
 
-    Sums are float32's, which TVM has.
+    Sums are float32's, which TVM has. No record's version of the code knows of these: a change here
+    would make another kernel of the same trace, and has to rename them.
     """
     made = {
         "wmma_load_16x16x16_bf16_a_shared_dyn": _load(cuda, False, False),

@@ -25,7 +25,7 @@ _WMMA = {"float16": 70, "bfloat16": 80}
 _LARGEST, _LOOPS = 1 << 31, 64
 # How many threads of a processor a schedule is for. It is that of the device that was searched on.
 _PARALLEL, _THREADS = "meta_schedule.parallel", 1 << 16
-# Sketches come with a sample each, whose numbers TVM may find too large: then others are drawn.
+# Sketches come with a sample each, which their own steps may not allow: then others are drawn.
 _SEEDS = range(1, 9)
 
 

@@ -14,8 +14,8 @@ __all__ = ["turn"]
 def turn(lock: Path | None) -> Iterator[None]:
     """Alone among those that name the same file, which is made; None waits for nobody.
 
-    A process that ends, however it does, gives its turn back. Raises OSError where the file cannot
-    be made or locked.
+    A process that ends, however it does, gives its turn back; processes that it had started may be
+    at work a moment longer. Raises OSError where the file cannot be made or locked.
     """
     if lock is None:
         yield

@@ -15,7 +15,8 @@ from .cuda_simt_async_tiles import VECTOR, WARP, Config, k_tiles, pixel_steps, s
 # Registers of a multiprocessor (CUDA C++ Programming Guide, compute capabilities).
 REGISTERS = 65536
 # Part of the multiprocessors that clusters of 1, 2, ... 8 blocks can occupy at the same time: a
-# cluster stays within one group of multiprocessors (cudaOccupancyMaxActiveClusters on an H100).
+# cluster stays within one group of multiprocessors (cudaOccupancyMaxActiveClusters on an H100). An
+# H200 computes fewer of six blocks that have a multiprocessor each: see `cuda_window_cost`.
 CLUSTERED = tuple(n / 132 for n in (132, 132, 122, 124, 117, 118, 121, 124))
 # Instructions of one tile that the instruction cache holds without loss, by the same fit.
 CACHED_INSTRUCTIONS = 1100
@@ -24,7 +25,7 @@ CACHED_INSTRUCTIONS = 1100
 # cycles from one event to another beside those of the busiest multiprocessor.
 CLOCK, LAUNCH = 2.09, 8300.0
 # Cycles until blocks of a cluster have started together, waited for each other and added up, by 314
-# measurements of splits at batch 1 on an H200.
+# measurements of splits at batch 1 on an H200, where all clusters are there at once.
 CLUSTER = 3800.0
 
 

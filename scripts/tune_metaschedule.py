@@ -42,6 +42,7 @@ from im2win_tvm.bench.run import limits_for  # noqa: E402
 from im2win_tvm.problem import ConvProblem, ProblemError  # noqa: E402
 from im2win_tvm.target import Target, TargetError, resolve  # noqa: E402
 from im2win_tvm.tuning import lookup, metaschedule  # noqa: E402
+from im2win_tvm.tuning.measuring import Measurer  # noqa: E402
 from im2win_tvm.tuning.records import key_of  # noqa: E402
 from im2win_tvm.tuning.session import Session  # noqa: E402
 
@@ -261,7 +262,9 @@ def _some(waiting, ended, target: Target, asked, lock: Path | None, end: float |
             "num_tuning_cores": share,
         }
     limits = limits_for(target, asked.time_limit)
-    with Session(target, asked.out, share, limits, lock=lock) as session:
+    # Given, because conv2d's searches do not need what a session measures with.
+    measurer = Measurer(target.kind, lock=lock)
+    with Session(target, asked.out, share, limits, measurer=measurer) as session:
         while True:
             try:
                 name, problem, expression = waiting.get_nowait()

@@ -1,5 +1,6 @@
 """Building and measuring candidates: outputs are checked, and one that crashes is lost alone."""
 
+import fcntl
 import multiprocessing
 import re
 import subprocess
@@ -115,6 +116,27 @@ def test_of_those_that_name_a_file_one_measures_at_a_time(tmp_path, monkeypatch)
 
     assert most(lock, lock) == 1
     assert most(lock, None) == 2
+
+
+def test_ctrl_c_ends_the_child_before_the_turn_is_given_back(tmp_path, monkeypatch):
+    measurer, seen = Measurer("llvm", lock=tmp_path / "gpu"), []
+
+    def together(problem, libraries, limits):
+        measurer._start()
+        raise KeyboardInterrupt
+
+    def stop():
+        with pytest.raises(BlockingIOError), open(tmp_path / "gpu") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        seen.append(measurer._process.is_alive())
+        return Measurer._stop(measurer)
+
+    monkeypatch.setattr(measurer, "_together", together)
+    monkeypatch.setattr(measurer, "_stop", stop)
+    with pytest.raises(KeyboardInterrupt):
+        measurer.measure(PROBLEM, ["a"], BRIEF)
+    assert seen == [True]
+    assert measurer._process is None
 
 
 def test_a_process_that_is_killed_gives_its_turn_back(tmp_path):

@@ -295,7 +295,7 @@ def test_conv2d_in_bfloat16_is_searched_on_tensor_cores(logs, as_it_is, monkeypa
 
 @pytest.mark.parametrize("strategy", [None, "replay-trace"])
 def test_a_space_that_tvm_cannot_make_is_drawn_again(strategy, tmp_path, monkeypatch):
-    """By other seeds, and not for ever. Of conv4's in float16 one of thirty seeds is such."""
+    """By other seeds, and not for ever."""
     seeds, fails = [], 2
 
     def too_large(given):
@@ -327,6 +327,39 @@ def test_a_space_that_tvm_cannot_make_is_drawn_again(strategy, tmp_path, monkeyp
     with pytest.raises(s_tir.ScheduleError, match="not a stage pipeline"):
         search()
     assert len({*seeds}) == len(seeds) == 4
+
+
+def test_an_error_of_another_kind_ends_a_search_at_once(tmp_path, monkeypatch):
+    """TVM makes one of a KeyboardInterrupt in a callback, too."""
+    asked = []
+
+    def fails(*_, **__):
+        asked.append(1)
+        raise RuntimeError("KeyboardInterrupt")
+
+    monkeypatch.setattr(ms, "tune_tir", fails)
+    target = metaschedule_tuning.dry_target()
+    function = metaschedule.prim_func(metaschedule.legalized(PROBLEM, target))
+    with pytest.raises(RuntimeError, match="KeyboardInterrupt"):
+        metaschedule_tuning.search(function, target, tmp_path, 5, 2, None, 7, machinery())
+    assert asked == [1]
+
+
+def test_a_dry_run_builds_what_is_searched(monkeypatch):
+    """In bfloat16 the rules are ours."""
+    monkeypatch.setattr(metaschedule_tuning, "_FIRST", 1)
+    given = machinery()
+    del given["strategy"]
+    built, builder = [], given["builder"]
+
+    def build(inputs):
+        built.extend(str(each.mod) for each in inputs)
+        return builder.build(inputs)
+
+    given["builder"] = SimpleNamespace(build=build)
+    problem = ConvProblem(16, 32, (34, 34), 64, 3, layout="NHWC", dtype="bfloat16")
+    assert metaschedule_tuning.dry_run(problem, 1, **given) == (1, 1)
+    assert [text.count("mma_sync") > 0 for text in built] == [True]
 
 
 def test_a_search_on_cuda_without_samples_that_fit_begins_as_tvms_does(tmp_path, monkeypatch):

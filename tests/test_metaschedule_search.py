@@ -210,17 +210,22 @@ def test_a_search_ends_in_records_that_selection_takes(place, monkeypatch, as_it
 
 
 @pytest.mark.parametrize(
-    "dtype",
-    ["float32", pytest.param("float16", marks=pytest.mark.slow)],
+    ("dtype", "arch"),
+    [
+        ("float32", "sm_90"),
+        pytest.param("float16", "sm_90", marks=pytest.mark.slow),
+        pytest.param("bfloat16", "sm_75", marks=pytest.mark.slow),
+    ],
 )
-def test_what_rules_for_cuda_find_computes_the_convolution(dtype, monkeypatch, as_it_is):
+def test_what_rules_for_cuda_find_computes_the_convolution(dtype, arch, monkeypatch, as_it_is):
+    """On CUDA cores; so is bfloat16 where there is no wmma for it."""
     described = {"kind": "cuda", "arch": "sm_90", "thread_warp_size": 32}
     described |= {"max_shared_memory_per_block": 48 * 1024, "max_threads_per_block": 1024}
     gpu = tvm.target.Target(described | {"registers_per_block": 65536}, host="llvm")
     monkeypatch.setattr(metaschedule, "tvm_target_here", lambda target: gpu)
     monkeypatch.setattr(metaschedule, "choose_cuda_compiler", lambda: None)
     problem = ODD.replace(dtype=dtype)
-    (config, *_) = metaschedule.found(problem, CudaTarget("sm_90"), 2, 2, **machinery())
+    (config, *_) = metaschedule.found(problem, CudaTarget(arch), 2, 2, **machinery())
     assert "threadIdx.x" in config.trace
     assert_right("cuda_metaschedule", problem, config, Epilogue(True, True, "relu"))
 

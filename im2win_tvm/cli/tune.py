@@ -129,7 +129,7 @@ def tune(
             metavar="FILE",
             help="Of several commands that name FILE one measures at a time: while it does, the "
             "others build. For searches side by side on one GPU, with --jobs a share of the "
-            "processors each.",
+            "processors each. Waiting counts for --seconds and --time-limit.",
         ),
     ] = None,
     tracker: TrackerOption = None,

@@ -97,7 +97,11 @@ class Measurer:
         and OSError where the lock cannot be had.
         """
         with turn(self._lock):
-            return self._at_once(problem, libraries, limits)
+            try:
+                return self._at_once(problem, libraries, limits)
+            except BaseException:
+                self._stop()  # before somebody else's turn begins: Ctrl-C does not reach the child
+                raise
 
     def _at_once(
         self, problem: ConvProblem, libraries: list[Path], limits: timing.Limits

@@ -100,7 +100,7 @@ class Session:
 
     place: the folder of the logs, `<place>/<device>/<schedule>.jsonl`. jobs: processes that build;
     None is what pays. resume: take what the logs have already instead of measuring it. lock: a
-    file; of the sessions that name it one measures at a time.
+    file; of the sessions that name it one measures at a time. A measurer that is given has its own.
     interrupted: whether Ctrl-C was pressed; asked between trials, because TVM turns a
     KeyboardInterrupt that meets it in a callback into an error like any other. `watcher` may be set
     to one that shows what happens. Raises TuningError where the target's kernels cannot be measured

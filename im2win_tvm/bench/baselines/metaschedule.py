@@ -84,13 +84,13 @@ def sums(problem: ConvProblem) -> str:
     """What the conv2d that is tuned sums in: its dtype, as TVM's default does.
 
     But for bfloat16, which no tensor core sums in: float32, and a cast in the same function, which
-    is what TVM's passes make of such a conv2d in a model.
+    is what TVM's passes make of such a conv2d in a model. On a processor likewise, for one answer.
     """
     return "float32" if problem.dtype == "bfloat16" else problem.dtype
 
 
 def legalized(problem: ConvProblem, tvm_target: Any) -> Any:
-    """TVM's default module for a problem once its conv2d is a PrimFunc of TOPI's."""
+    """A problem's conv2d as one PrimFunc of TOPI's, with the sums that `sums` names."""
     import tvm
     from tvm import relax
 
