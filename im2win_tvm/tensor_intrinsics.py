@@ -71,8 +71,8 @@ def _sync(cuda: Any, transposed: bool) -> tuple[Any, Any]:
 def bfloat16_rules() -> list[Any]:
     """TVM's `cuda-tensorcore` rules with tiles in bfloat16 in place of those that it has.
 
-    These are its tiles in float16 by wmma, but for vectors of 3 and of 16 numbers: its code of
-    bfloat16 has none. Its tiles by mma, in a pipeline, have no counterpart here.
+    These are its tiles in float16, but for vectors of 3 numbers, of which it can write none in
+    bfloat16, and for the alignment in shared memory, which it leaves out in this dtype.
     """
     from tvm.s_tir import meta_schedule as ms
 

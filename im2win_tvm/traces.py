@@ -9,6 +9,7 @@ for their steps once more, and with these decisions they have to give that trace
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from .target import CpuTarget, Target
 
 __all__ = ["gpu", "plain", "refusal", "rules"]
 
-# The architectures from which there is wmma, by dtype.
+# The architectures from which there is wmma, by dtype (CUDA C++ Programming Guide).
 _WMMA = {"float16": 70, "bfloat16": 80}
 # What decisions are within: loops of a kernel are no longer, and none of ours has as many.
 _LARGEST, _LOOPS = 1 << 31, 64
@@ -27,6 +28,9 @@ _LARGEST, _LOOPS = 1 << 31, 64
 _PARALLEL, _THREADS = "meta_schedule.parallel", 1 << 16
 # Sketches come with a sample each, which their own steps may not allow: then others are drawn.
 _SEEDS = range(1, 9)
+# TVM says of every sketch what it leaves out in bfloat16; that was for the search to say.
+_QUIET = logging.getLogger(__name__)
+_QUIET.setLevel(logging.ERROR)
 
 
 def rules(problem: ConvProblem, target: Target) -> Any:
@@ -117,6 +121,7 @@ def _sketches(
             task_name="main",
             rand_state=seed,
             num_threads=1,
+            logger=_QUIET,
         ).clone()
         try:
             space = context.generate_design_space()

@@ -17,7 +17,7 @@ from tvm import s_tir
 from tvm.ir import IRModule
 
 import im2win_tvm
-from im2win_tvm import lower, reference, tensors
+from im2win_tvm import lower, reference, tensors, traces
 from im2win_tvm.bench import baselines, timing
 from im2win_tvm.bench.run import run
 from im2win_tvm.epilogue import Epilogue
@@ -266,6 +266,31 @@ def test_what_rules_for_tensor_cores_find_computes_the_convolution(dtype, layout
         here = tvm.transform.PassContext.current()
         assert here.opt_level == 1
         assert dict(here.config) == given | {"tirx.merge_static_smem": True}
+
+
+def test_rules_in_bfloat16_are_those_in_float16():
+    """But for what TVM leaves out in bfloat16: vectors of three, and aligned rows."""
+
+    def sketches(dtype):
+        problem = RAGGED.replace(dtype=dtype, layout="NHWC")
+        _, found = traces._sketches(
+            schedules.function(problem),
+            traces.gpu(),
+            lambda: traces.rules(problem, CudaTarget("sm_90")),
+        )
+        return {json.dumps([_named_alike(s) for s in f if s[0] != "StorageAlign"]) for f in found}
+
+    theirs, ours = sketches("float16"), sketches("bfloat16")
+    assert "wmma_sync_16x16x16_f16f16f32" in str(theirs)
+    assert ours == theirs
+
+
+def _named_alike(step):
+    """A step in float16, with any width of a vector but 3 as likely as it is."""
+    if step[0] == "SampleCategorical":
+        widths = [width for width in step[2][0] if width != 3]
+        return [*step[:2], widths, step[3]]
+    return json.loads(json.dumps(step).replace("bf16", "f16"))
 
 
 def test_functions_without_fragments_are_built_as_ever():

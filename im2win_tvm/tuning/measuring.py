@@ -98,12 +98,12 @@ class Measurer:
         """
         with turn(self._lock):
             try:
-                return self._at_once(problem, libraries, limits)
+                return self._with_retries(problem, libraries, limits)
             except BaseException:
                 self._stop()  # before somebody else's turn begins: Ctrl-C does not reach the child
                 raise
 
-    def _at_once(
+    def _with_retries(
         self, problem: ConvProblem, libraries: list[Path], limits: timing.Limits
     ) -> list[Measurement]:
         results = self._together(problem, libraries, limits)
